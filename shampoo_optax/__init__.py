@@ -1,0 +1,24 @@
+"""Distributed Shampoo for JAX: composable Optax gradient transformations."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from shampoo_optax.alias import shampoo as shampoo
+from shampoo_optax.layout.block_layout import BlockLayout as BlockLayout
+from shampoo_optax.linalg import roots as roots
+from shampoo_optax.scale_by import scale_by_shampoo as scale_by_shampoo
+from shampoo_optax.transforms import grafting as grafting
+from shampoo_optax.transforms.blockwise import BlockwiseState as BlockwiseState
+from shampoo_optax.transforms.blockwise import blockwise as blockwise
+from shampoo_optax.transforms.filtering import FilterState as FilterState
+from shampoo_optax.transforms.filtering import filter_gradient as filter_gradient
+from shampoo_optax.transforms.graft import GraftState as GraftState
+from shampoo_optax.transforms.graft import graft as graft
+from shampoo_optax.transforms.kronecker import KroneckerState as KroneckerState
+from shampoo_optax.transforms.kronecker import kronecker as kronecker
+from shampoo_optax.transforms.refresh import Refresh as Refresh
+from shampoo_optax.transforms.weight_decay import add_weight_decay as add_weight_decay
+
+try:
+    __version__ = version("shampoo-optax")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+unknown"

@@ -1,0 +1,1 @@
+"""Which blocks, and where they lie."""

@@ -1,0 +1,1 @@
+"""Batched mathematics on ``[..., d, d]``; knows JAX only."""

@@ -1,0 +1,299 @@
+"""Inverse p-th roots of stacks of symmetric positive semi-definite matrices.
+
+The object that is passed is the object that runs: a root method is a frozen
+dataclass with one method, ``solve``. :func:`inverse_root` does what all methods
+share (exact prescale, symmetrisation, one definition of damping, the gate).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from shampoo_optax.linalg import coupled
+from shampoo_optax.linalg.modes import PRECISION
+from shampoo_optax.linalg.scaling import damping, prescale, unscale
+
+
+class Solution(NamedTuple):
+    """What a method found."""
+
+    root: jax.Array  # [..., d, d]
+    residual: jax.Array  # [...]: max |A X^p - I|, or 0 where a method cannot fail
+
+
+class InverseRoot(NamedTuple):
+    """Inverse roots and whether each may be used."""
+
+    root: jax.Array  # [..., d, d]
+    accepted: jax.Array  # [...], bool
+
+
+class RootMethod(Protocol):
+    """A way to compute ``(A + delta I)^(-1/p)``."""
+
+    @property
+    def max_residual(self) -> float:
+        """Above this residual a root is refused and the old one kept."""
+
+    def check(self, p: float) -> None:
+        """Raise ValueError where this method cannot take this root."""
+
+    def solve(
+        self, matrices: jax.Array, delta: jax.Array, p: float, *, unit: jax.Array
+    ) -> Solution:
+        """Roots of ``[..., d, d]`` with ridge ``delta [...]``.
+
+        ``unit [...]`` is what 1.0 in the caller's units is in those of
+        ``matrices`` (they come prescaled), for absolute thresholds.
+        """
+
+
+@dataclass(frozen=True)
+class PseudoInverse:
+    """Give eigenvalues up to ``max(rank_rtol * lambda_max, rank_atol)`` the value 0.
+
+    Args:
+      rank_rtol: relative cut-off; None means ``d * finfo(dtype).eps``.
+      rank_atol: absolute cut-off, in the units of the matrices.
+    """
+
+    rank_rtol: float | None = 0.0
+    rank_atol: float = 0.0
+
+
+@dataclass(frozen=True)
+class Eigh:
+    """Roots by eigendecomposition: exact, any real ``p``; the default.
+
+    Equals ``V diag((max(w, 0) + delta)^(-1/p)) V^T``.
+
+    Args:
+      double_precision: decompose in float64, also where jax_enable_x64 is off. In
+        float32 LAPACK's eigenvalues are wrong by 1e-7 of the largest, which is a
+        relative error of 2e-2 in the root at ``eps_rel = 1e-6``.
+      shift: where an eigenvalue is negative, shift the whole spectrum up by it
+        (Meta's rule) in place of clipping it.
+      pseudo_inverse: drop small eigenvalues and add no damping.
+    """
+
+    double_precision: bool = True
+    shift: bool = False
+    pseudo_inverse: PseudoInverse | None = None
+    max_residual: float = math.inf
+
+    def check(self, p: float) -> None:
+        """Every positive root works."""
+
+    def solve(
+        self, matrices: jax.Array, delta: jax.Array, p: float, *, unit: jax.Array
+    ) -> Solution:
+        """See :class:`RootMethod`."""
+        dtype = matrices.dtype
+        if not self.double_precision:
+            return Solution(self._root(matrices, delta, p, unit, dtype), 0.0 * delta)
+        with jax.enable_x64(True):
+            a, d, u = (x.astype(jnp.float64) for x in (matrices, delta, unit))
+            root = self._root(a, d, p, u, dtype).astype(dtype)
+        return Solution(root, jnp.zeros_like(delta))
+
+    def _root(
+        self,
+        matrices: jax.Array,
+        delta: jax.Array,
+        p: float,
+        unit: jax.Array,
+        dtype: jnp.dtype,
+    ) -> jax.Array:
+        w, v = jnp.linalg.eigh(matrices, symmetrize_input=False)
+        tiny = jnp.finfo(w.dtype).tiny
+        if self.pseudo_inverse is None:
+            lowest = jnp.minimum(jnp.min(w, axis=-1, keepdims=True), 0.0)
+            w = w - lowest if self.shift else jnp.maximum(w, 0.0)
+            powers = jnp.maximum(w + delta[..., None], tiny) ** (-1.0 / p)
+        else:
+            rtol = self.pseudo_inverse.rank_rtol
+            rtol = w.shape[-1] * float(jnp.finfo(dtype).eps) if rtol is None else rtol
+            largest = jnp.maximum(jnp.max(w, axis=-1, keepdims=True), 0.0)
+            atol = self.pseudo_inverse.rank_atol * unit[..., None]
+            keep = w > jnp.maximum(rtol * largest, atol)
+            powers = jnp.where(keep, jnp.maximum(w, tiny) ** (-1.0 / p), 0.0)
+        return jnp.matmul(
+            v * powers[..., None, :], jnp.swapaxes(v, -2, -1), precision=PRECISION
+        )
+
+
+@dataclass(frozen=True)
+class CoupledNewton:
+    """Roots by the coupled Newton iteration; integer ``p``, matrix products only.
+
+    Args:
+      max_iterations: steps at most.
+      tolerance: a matrix is done when ``max |M - I|`` is at most this.
+      max_growth: a matrix stops when that error grows by more than this factor.
+      max_residual: with a larger error the root is refused.
+    """
+
+    max_iterations: int = 100
+    tolerance: float = 1e-6
+    max_growth: float = 1.2
+    max_residual: float = 0.1
+
+    def check(self, p: float) -> None:
+        """Only whole roots."""
+        if coupled.as_fraction(p).denominator != 1:
+            raise ValueError(
+                f"roots.CoupledNewton takes whole roots only, but the exponent "
+                f"{1 / p:g} asks for the root {p:g}: use roots.Eigh or "
+                "roots.CoupledHigherOrder, or another exponent."
+            )
+
+    def solve(
+        self, matrices: jax.Array, delta: jax.Array, p: float, *, unit: jax.Array
+    ) -> Solution:
+        """See :class:`RootMethod`."""
+        del unit
+        degree = coupled.as_fraction(p).numerator
+        ridged = matrices + delta[..., None, None] * coupled.identity_like(matrices)
+        # ||A||_F >= lambda_max, so M starts with its spectrum in (0, (p+1)/2], well
+        # inside the (0, p+1) where the iteration converges.
+        norm = jnp.sqrt(jnp.sum(ridged * ridged, axis=(-2, -1)))
+        begin = coupled.start(ridged, (degree + 1) / (2.0 * _positive(norm)), degree)
+        end = coupled.iterate(
+            begin,
+            coupled.newton_correction(degree),
+            degree,
+            tolerance=self.tolerance,
+            max_iterations=self.max_iterations,
+            max_growth=self.max_growth,
+            stagnation=1e-3,
+        )
+        return Solution(end.root, end.error)
+
+
+@dataclass(frozen=True)
+class CoupledHigherOrder:
+    """Roots by a higher-order coupled iteration; rational ``p``.
+
+    Args:
+      rel_epsilon: with ``abs_epsilon``, replaces the shared damping by
+        ``max(rel_epsilon * ||A||_inf, abs_epsilon)`` (Meta's rule); None keeps it.
+      abs_epsilon: see ``rel_epsilon``, in the units of the matrices.
+      order: terms of the series; 2 is Newton.
+      tolerance: a matrix is done when ``max |M - I|`` is at most this.
+      max_iterations: steps at most.
+      max_residual: with a larger ``max |A X^p - I|`` the root is refused.
+    """
+
+    rel_epsilon: float | None = None
+    abs_epsilon: float | None = None
+    order: int = 3
+    tolerance: float = 1e-8
+    max_iterations: int = 100
+    max_residual: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the order."""
+        if self.order < 2:
+            raise ValueError(
+                f"roots.CoupledHigherOrder(order={self.order}): the order must be at "
+                "least 2 (2 is Newton's method)."
+            )
+
+    def check(self, p: float) -> None:
+        """Rational roots with small terms."""
+        fraction = coupled.as_fraction(p)
+        if abs(float(fraction) - p) > 1e-9 * p or fraction.numerator > 64:
+            raise ValueError(
+                f"roots.CoupledHigherOrder takes small fractions, but the exponent "
+                f"{1 / p:g} asks for the root {p:g}: use roots.Eigh."
+            )
+
+    def solve(
+        self, matrices: jax.Array, delta: jax.Array, p: float, *, unit: jax.Array
+    ) -> Solution:
+        """See :class:`RootMethod`."""
+        fraction = coupled.as_fraction(p)
+        degree = fraction.numerator
+        if self.rel_epsilon is not None or self.abs_epsilon is not None:
+            norm = jnp.max(jnp.sum(jnp.abs(matrices), axis=-1), axis=-1)
+            delta = jnp.maximum(
+                (self.rel_epsilon or 0.0) * norm, (self.abs_epsilon or 0.0) * unit
+            )
+        ridged = matrices + delta[..., None, None] * coupled.identity_like(matrices)
+        trace = jnp.trace(ridged, axis1=-2, axis2=-1)
+        begin = coupled.start(ridged, 1.0 / _positive(trace), degree)
+        # One plain Newton step brings the spectrum to where every order converges.
+        begin = coupled.advance(begin, coupled.newton_correction(degree), degree)
+        end = coupled.iterate(
+            begin,
+            coupled.series_correction(degree, self.order),
+            degree,
+            tolerance=self.tolerance,
+            max_iterations=self.max_iterations,
+            max_growth=1.2,
+            stagnation=1e-3,
+        )
+        error = coupled.residual(
+            coupled.product(ridged, coupled.power(end.root, degree))
+        )
+        return Solution(coupled.power(end.root, fraction.denominator), error)
+
+
+def inverse_root(
+    method: RootMethod,
+    matrices: jax.Array,
+    p: float,
+    *,
+    eps: ArrayLike = 0.0,
+    eps_rel: ArrayLike = 1e-6,
+) -> InverseRoot:
+    """``(A + delta I)^(-1/p)`` with ``delta = max(eps, eps_rel * lambda_max)``.
+
+    Args:
+      method: how, for example :class:`Eigh`.
+      matrices: ``[..., d, d]``, symmetric positive semi-definite up to rounding.
+      p: the root, static.
+      eps: absolute damping, in the units of ``matrices``.
+      eps_rel: damping relative to the largest eigenvalue.
+
+    Returns:
+      The roots and, per matrix, whether the root may be used: the input was
+      finite and not zero, the output is finite, and the residual is within
+      ``method.max_residual``. A zero matrix is refused only where the damping
+      is relative (it then has no scale); with ``eps_rel=0`` its root is
+      ``eps^(-1/p) I``.
+
+    Raises:
+      ValueError: the method cannot take this root.
+
+    Example:
+      >>> inverse_root(Eigh(), 16.0 * jnp.eye(2), 4, eps_rel=0.0).root
+      Array([[0.5, 0. ],
+             [0. , 0.5]], dtype=float32)
+    """
+    method.check(p)
+    scaled = prescale(matrices)
+    delta = damping(scaled, eps=eps, eps_rel=eps_rel)
+    unit = unscale(jnp.ones_like(delta), -scaled.exponent)
+    solution = method.solve(scaled.matrix, delta, p, unit=unit)
+    back = jnp.exp2(-scaled.exponent.astype(matrices.dtype) / p)
+    root = solution.root * back[..., None, None]
+    root = 0.5 * (root + jnp.swapaxes(root, -2, -1))
+    absolute = jnp.asarray(eps_rel, matrices.dtype) == 0
+    accepted = (
+        scaled.usable
+        & (scaled.nonzero | absolute)
+        & jnp.all(jnp.isfinite(root), axis=(-2, -1))
+        & (solution.residual <= method.max_residual)
+    )
+    return InverseRoot(root, accepted)
+
+
+def _positive(x: jax.Array) -> jax.Array:
+    return jnp.maximum(x, jnp.finfo(x.dtype).tiny)

@@ -1,0 +1,1 @@
+"""The parts: one gradient transformation a file."""

@@ -1,0 +1,167 @@
+"""Magnitude rules: diagonal methods whose step size grafting borrows.
+
+Each takes the direction's incoming update (usually a moving average of the gradient)
+and divides it by a second moment of the *raw* gradient. They act on any tree of
+arrays, stacks or parameters, and stand alone as optimizers: with momentum in front,
+``adam`` is Adam.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from shampoo_optax import _checks
+from shampoo_optax.transforms._numbers import bias_correction as correction_of
+from shampoo_optax.transforms._numbers import new_weight, scalar, wide
+
+
+class MagnitudeState(NamedTuple):
+    """State of :func:`adagrad`, :func:`rmsprop` and :func:`adam`."""
+
+    count: jax.Array  # type: ignore[assignment]  # [], int32: steps taken
+    nu: Any  # like the updates, float32 at least: second moments
+
+
+def sgd() -> optax.GradientTransformationExtraArgs:
+    """The norm of the incoming update itself: the identity, without state.
+
+    Example:
+      >>> sgd().update(jnp.ones(2), sgd().init(jnp.ones(2)))[0]
+      Array([1., 1.], dtype=float32)
+    """
+    return optax.with_extra_args_support(optax.identity())
+
+
+def adagrad(
+    eps: ArrayLike = 1e-10, *, initial_accumulator_value: float = 0.0
+) -> optax.GradientTransformationExtraArgs:
+    r"""AdaGrad: :math:`F / (\sqrt{\sum_t G_t^2} + eps)`.
+
+    Equals ``optax.scale_by_rss`` on the raw gradient, but with ``eps`` outside the
+    root.
+
+    Args:
+      eps: added to the root of the sum, in units of the gradient.
+      initial_accumulator_value: where the sums begin.
+
+    Returns:
+      The transformation.
+
+    Example:
+      >>> updates, _ = adagrad().update(jnp.array([3.0]), adagrad().init(jnp.zeros(1)))
+      >>> updates
+      Array([1.], dtype=float32)
+
+    Source: Duchi, Hazan and Singer, `Adaptive Subgradient Methods
+    <https://jmlr.org/papers/v12/duchi11a.html>`_, 2011.
+    """
+    _checks.numbers(
+        "grafting.adagrad",
+        eps=eps,
+        initial_accumulator_value=initial_accumulator_value,
+    )
+    return _second_moment(1.0, eps, initial=initial_accumulator_value)
+
+
+def rmsprop(
+    b2: ArrayLike = 0.99, eps: ArrayLike = 1e-8, *, weighted: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    r"""RMSProp: :math:`F / (\sqrt{\nu} + eps)`, :math:`\nu` without bias correction.
+
+    Equals ``optax.scale_by_rms(b2, eps, eps_in_sqrt=False)`` on the raw gradient.
+
+    Args:
+      b2: decay of the second moment; 1 sums it.
+      eps: added to the root, in units of the gradient.
+      weighted: give a new sample the weight ``1 - b2``; otherwise 1 (Meta's
+        ``drop_weighting_factor_on_gsquare``).
+
+    Returns:
+      The transformation.
+
+    Example:
+      >>> tx = rmsprop(b2=0.75)
+      >>> tx.update(jnp.array([3.0]), tx.init(jnp.zeros(1)))[0]
+      Array([2.], dtype=float32)
+
+    Source: Tieleman and Hinton, `Lecture 6.5
+    <https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf>`_, 2012.
+    """
+    _checks.numbers("grafting.rmsprop", b2=b2, eps=eps)
+    return _second_moment(b2, eps, weighted=weighted)
+
+
+def adam(
+    b2: ArrayLike = 0.999, eps: ArrayLike = 1e-8, *, weighted: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam: :math:`F / (\sqrt{\nu / (1 - b_2^t)} + eps)`.
+
+    With ``filter_gradient(adam(b2, eps), b1)`` equals ``optax.scale_by_adam(b1, b2,
+    eps)``. The default magnitude: a learning rate tuned for Adam stays right.
+
+    Args:
+      b2: decay of the second moment; 1 sums it.
+      eps: added to the root, in units of the gradient.
+      weighted: give a new sample the weight ``1 - b2``; otherwise 1, and no bias
+        correction (Meta's ``drop_weighting_factor_on_gsquare``).
+
+    Returns:
+      The transformation.
+
+    Example:
+      >>> updates, _ = adam().update(jnp.array([3.0]), adam().init(jnp.zeros(1)))
+      >>> updates.round(3)
+      Array([1.], dtype=float32)
+
+    Source: Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2014.
+    """
+    _checks.numbers("grafting.adam", b2=b2, eps=eps)
+    return _second_moment(b2, eps, weighted=weighted, bias_correction=weighted)
+
+
+def _second_moment(
+    b2: ArrayLike,
+    eps: ArrayLike,
+    *,
+    weighted: bool = True,
+    bias_correction: bool = False,
+    initial: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    def init_fn(params: optax.Params) -> MagnitudeState:
+        def zeros(p: Any) -> jax.Array:
+            return jnp.full_like(p, initial, wide(jnp.result_type(p)))
+
+        return MagnitudeState(jnp.zeros([], jnp.int32), jax.tree.map(zeros, params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: MagnitudeState,
+        params: optax.Params | None = None,
+        *,
+        raw_gradient: optax.Updates | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, MagnitudeState]:
+        del params, extra
+        gradient = updates if raw_gradient is None else raw_gradient
+        count = optax.safe_increment(state.count)
+
+        def accumulate(nu: jax.Array, g: jax.Array) -> jax.Array:
+            g = jnp.asarray(g, nu.dtype)
+            weight = new_weight(b2 if weighted else 1.0, nu.dtype)
+            return scalar(b2, nu.dtype) * nu + weight * (g * g)
+
+        def scale(u: jax.Array, nu: jax.Array) -> jax.Array:
+            if bias_correction:
+                nu = nu / correction_of(b2, count, nu.dtype)
+            scaled = jnp.asarray(u, nu.dtype) / (jnp.sqrt(nu) + scalar(eps, nu.dtype))
+            return scaled.astype(jnp.result_type(u))
+
+        nu = jax.tree.map(accumulate, state.nu, gradient)
+        return jax.tree.map(scale, updates, nu), MagnitudeState(count, nu)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

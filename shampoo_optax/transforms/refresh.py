@@ -1,0 +1,60 @@
+"""When roots are computed anew."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from shampoo_optax import _checks
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """A schedule of refreshes, counted in steps from 1.
+
+    Roots are computed at ``start_preconditioning_step`` and from then on at every
+    multiple of ``precondition_frequency``: with frequency 3 and start 5 at the steps
+    5, 6, 9, 12. A refresh uses the gradient of its own step.
+
+    Args:
+      precondition_frequency: steps from one refresh to the next. Larger is cheaper
+        and staler.
+      start_preconditioning_step: the first refresh; before it a grafted update is
+        the magnitude rule alone. None means the frequency, ``math.inf`` never.
+
+    Raises:
+      ValueError, TypeError: a number is below 1 or not whole.
+
+    Example:
+      >>> refresh = Refresh(precondition_frequency=3, start_preconditioning_step=5)
+      >>> [t for t in range(1, 13) if refresh.due(jnp.int32(t))]
+      [5, 6, 9, 12]
+    """
+
+    precondition_frequency: int = 10
+    start_preconditioning_step: int | float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        frequency, start = self.precondition_frequency, self.start_preconditioning_step
+        name = "Refresh"
+        _checks.whole(name, "precondition_frequency", frequency, low=1, infinite=False)
+        if start is not None:
+            which = "start_preconditioning_step"
+            _checks.whole(name, which, start, low=1, infinite=True)
+
+    @property
+    def start(self) -> int | float:
+        """The first step that is preconditioned."""
+        start = self.start_preconditioning_step
+        return self.precondition_frequency if start is None else start
+
+    def due(self, count: jax.Array) -> jax.Array:
+        """Whether roots are computed at this step (a traced boolean)."""
+        if self.start == math.inf:
+            return jnp.zeros_like(count, bool)
+        regular = (count % self.precondition_frequency == 0) & (count > self.start)
+        return regular | (count == self.start)
