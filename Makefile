@@ -1,0 +1,48 @@
+# `make train` and `make test` need Python 3.11 or newer and make, nothing else.
+# Another Python: make test PYTHON=python3.12 VENV=.venv-3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: train digits test lint bench clean
+
+train: $(VENV)/.examples ## train a transformer with AdamW and Shampoo side by side
+	$(BIN)/python -m examples.train_lm $(ARGS)
+
+digits: $(VENV)/.examples ## the same for a convolutional network, in a minute
+	$(BIN)/python -m examples.train_digits $(ARGS)
+
+# One BLAS thread per process: with more, LAPACK on fake devices is 200 times slower.
+test: $(VENV)/.test ## run the tests
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q $(ARGS)
+
+lint: $(VENV)/.test ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench ## measure compile and step cost beside the peers
+	$(BIN)/python -m benchmarks.compile $(ARGS)
+	$(BIN)/python -m benchmarks.step $(ARGS)
+	$(BIN)/python -m benchmarks.run_once $(ARGS)
+
+clean: ## remove environments, caches and runs
+	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.examples $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: pyproject.toml | $(BIN)/python
+	@echo "Installing shampoo-optax[$*] into $(VENV) ..."
+	$(PIP) --editable '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "shampoo-optax needs Python 3.11 or newer; '$(PYTHON)' is older or missing."; \
+	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' has no venv module. On Debian and Ubuntu the package"; \
+	  $(PYTHON) -c 'import sys; print("python3.%d-venv" % sys.version_info[1], "brings it.")'; \
+	  exit 1; }
+	$(PYTHON) -m venv $(VENV)
