@@ -5,7 +5,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-export JAX_PLATFORMS ?= cpu
 
 .PHONY: train digits test lint bench clean
 
