@@ -1,0 +1,1 @@
+"""A byte-level language model on the Python standard library's own sources."""

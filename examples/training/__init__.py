@@ -1,0 +1,1 @@
+"""What both examples share: the loop, checkpoints, measurements and the report."""

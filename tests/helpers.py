@@ -1,0 +1,84 @@
+"""What several test files share: trees of parameters, gradients, comparisons."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+SHAPES = {"kernel": (6, 4), "conv": (3, 3, 2, 4), "bias": (5,), "scale": ()}
+
+
+def gradients(tree: Any, step: int = 0, scale: float = 1.0) -> Any:
+    """Normal numbers like ``tree``; other ones for every step and leaf."""
+    leaves, treedef = jax.tree.flatten(tree)
+    rng = np.random.default_rng(step)
+    drawn = [scale * rng.normal(size=jnp.shape(leaf)) for leaf in leaves]
+    arrays = [
+        jnp.asarray(x, jnp.result_type(leaf))
+        for x, leaf in zip(drawn, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, arrays)
+
+
+def parameters(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+    """A matrix, a convolution kernel, a vector and a scalar."""
+    like = {name: jnp.zeros(shape, dtype) for name, shape in SHAPES.items()}
+    return gradients(like, step=10_000)
+
+
+def run(
+    tx: optax.GradientTransformation,
+    params: Any,
+    steps: int,
+    *,
+    jit: bool = True,
+    scale: float = 1.0,
+) -> tuple[list[Any], Any]:
+    """Updates of every step and the last state; parameters move along."""
+    tx = optax.with_extra_args_support(tx)
+    update = jax.jit(tx.update) if jit else tx.update
+    state, history = tx.init(params), []
+    for step in range(steps):
+        updates, state = update(gradients(params, step, scale), state, params)
+        params = optax.apply_updates(params, updates)
+        history.append(updates)
+    return history, state
+
+
+def assert_close(found: Any, wanted: Any, *, rtol: float, atol: float = 0.0) -> None:
+    """Equal structure, and every leaf close; shapes and dtypes must agree."""
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True
+    )
+    for (path, x), y in pairs:
+        name = jax.tree_util.keystr(path)
+        assert jnp.shape(x) == jnp.shape(y), name
+        assert jnp.result_type(x) == jnp.result_type(y), name
+        a, b = (np.asarray(v).astype(np.float64) for v in (x, y))
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=name)
+
+
+def assert_equal(found: Any, wanted: Any) -> None:
+    """Bitwise equal, leaf by leaf."""
+    assert_close(found, wanted, rtol=0.0)
+
+
+def type_changes(before: Any, after: Any) -> list[str]:
+    """Leaves whose shape, dtype, weak type or sharding differ; empty where none do."""
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    changes = []
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True
+    )
+    for (path, x), y in pairs:
+        a, b = jax.typeof(x), jax.typeof(y)
+        if a != b:
+            name = jax.tree_util.keystr(path)
+            weak = f"weak: {a.weak_type}, {b.weak_type}"
+            changes.append(f"{name}: {a} {a.sharding} -> {b} {b.sharding} ({weak})")
+    return changes

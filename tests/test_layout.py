@@ -1,0 +1,183 @@
+"""Blocks: the reference system's merging, the default folding, split and join."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+import shampoo_optax as so
+from shampoo_optax.layout.plan import cut, fold, merge
+from shampoo_optax.layout.split import join, split
+
+INF = math.inf
+
+
+@pytest.mark.parametrize(
+    ("shape", "threshold", "target", "wanted"),
+    [
+        ((64, 3, 7, 7), 1024, 1, (64, 147)),
+        ((512, 256, 3, 3), 1024, 1, (512, 256, 9)),
+        ((512, 256, 3, 3), 8192, 1, (512, 2304)),
+        ((512, 256, 3, 3), INF, 2, (512, 2304)),
+        ((10, 20), 1024, 1, (200,)),
+        ((10, 20), 1024, 2, (10, 20)),
+        ((32, 3, 64, 64), 200, 1, (32, 192, 64)),
+        ((32, 3, 64, 64), 8192, 1, (96, 4096)),
+        ((32, 3, 64, 64), 8192, 3, (32, 3, 4096)),
+        ((32, 3, 64, 64), 10**6, 1, (393216,)),
+        ((12, 1, 64, 768), 1024, 1, (768, 768)),
+        ((12, 1, 64, 768), INF, 2, (12, 49152)),
+        ((12, 1, 64, 768), 1024, INF, (12, 1, 64, 768)),
+        ((1, 1), 1024, 1, (1,)),
+        ((), 1024, 1, (1,)),
+        ((), 1024, INF, (1,)),
+        ((7,), 4, 1, (7,)),
+    ],
+)
+def test_merge(shape: tuple, threshold: float, target: float, wanted: tuple) -> None:
+    assert merge(shape, threshold=threshold, target=target) == wanted
+
+
+def _blocks(shape: tuple, size: float) -> dict[tuple, int]:
+    return {box.block: math.prod(box.grid) for box in cut(shape, size)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "wanted"),
+    [
+        ((50257, 768), 1024, {(1024, 768): 49, (81, 768): 1}),
+        ((50257, 768), 8192, {(8192, 768): 6, (1105, 768): 1}),
+        ((768, 2304), 1024, {(768, 1024): 2, (768, 256): 1}),
+        ((5, 5), 2, {(2, 2): 4, (2, 1): 2, (1, 2): 2, (1, 1): 1}),
+        ((5, 5), INF, {(5, 5): 1}),
+        ((5, 5), 5, {(5, 5): 1}),
+        ((8, 4), 4, {(4, 4): 2}),
+        ((3,), 2, {(2,): 1, (1,): 1}),
+    ],
+)
+def test_cut(shape: tuple, size: float, wanted: dict) -> None:
+    assert _blocks(shape, size) == wanted
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"),
+    [
+        ((), ()),
+        ((1, 1), ()),
+        ((5,), (5,)),
+        ((1, 5, 1), (5,)),
+        ((3, 5000), (3, 5000)),
+        ((3, 3, 64, 128), (576, 128)),
+        ((512, 8, 64), (512, 512)),
+        ((8, 64, 512), (512, 512)),
+        ((2, 2, 2), (4, 2)),
+        ((768, 3, 16, 16), (768, 768)),
+        ((7, 7, 3, 64), (147, 64)),
+    ],
+)
+def test_fold(shape: tuple, wanted: tuple) -> None:
+    assert fold(shape) == wanted
+
+
+@hypothesis.given(st.lists(st.integers(1, 9), min_size=3, max_size=5))
+@hypothesis.settings(deadline=None, derandomize=True)
+def test_fold_is_the_nearest_to_a_square(dims: list[int]) -> None:
+    folded = fold(tuple(dims))
+    assert math.prod(folded) == math.prod(dims)
+    if len(folded) == 2 and sum(d > 1 for d in dims) > 2:
+        ratio = max(folded) / min(folded)
+        for i in range(1, len(dims)):
+            pair = math.prod(dims[:i]), math.prod(dims[i:])
+            assert ratio <= max(pair) / min(pair) or 1 in pair
+
+
+def test_default_layout_blocks_matrices_only() -> None:
+    shapes = [(4, 3), (3, 3, 2, 4), (5,), (), (1, 6), (6, 1), (0, 4), (1, 1)]
+    plan = so.BlockLayout().plan([str(i) for i in range(len(shapes))], shapes)
+    assert plan.stacks == {"4x3": (1, 4, 3), "9x8": (1, 9, 8)}
+    assert plan.rest == (2, 3, 4, 5, 6, 7)
+
+
+def test_batch_axes_are_not_folded() -> None:
+    layout = so.BlockLayout(4, batch_axes=lambda path, _: int(path == "scan"))
+    plan = layout.plan(["scan", "dense", "tail"], [(3, 6, 4), (6, 4), (24, 3)])
+    # Three layers and the matrix: a 4x4 and a 2x4 block of each.
+    assert plan.stacks == {"4x4": (4, 4, 4), "2x4": (4, 2, 4), "4x3": (6, 4, 3)}
+
+
+LAYOUTS = st.builds(
+    so.BlockLayout,
+    max_preconditioner_dim=st.one_of(st.integers(1, 7), st.just(INF)),
+    target_parameter_dimensionality=st.sampled_from([None, 1, 2, 3, INF]),
+    precondition_vectors=st.booleans(),
+    batch_axes=st.sampled_from([None, lambda _, shape: min(1, len(shape))]),
+)
+SHAPES = st.lists(
+    st.lists(st.integers(0, 7), max_size=4).map(tuple), min_size=1, max_size=4
+)
+DTYPES = st.lists(
+    st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]), min_size=4, max_size=4
+)
+
+
+@hypothesis.given(LAYOUTS, SHAPES, DTYPES)
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+def test_join_undoes_split(layout: so.BlockLayout, shapes: list, dtypes: list) -> None:
+    names = [f"p{i}" for i in range(len(shapes))]
+    plan = layout.plan(names, shapes)
+    rng = np.random.default_rng(0)
+    leaves = {
+        i: jnp.asarray(rng.normal(size=shape), dtypes[i])
+        for i, shape in enumerate(shapes)
+    }
+    blocked = {i: x for i, x in leaves.items() if i not in plan.rest}
+    stacks = split(blocked, plan)
+    assert {key: stack.shape for key, stack in stacks.items()} == plan.stacks
+    found = join(stacks, plan, [dtypes[i] for i in leaves])
+    assert set(found) == set(blocked)
+    for i, x in blocked.items():
+        assert found[i].dtype == x.dtype and found[i].shape == x.shape
+        np.testing.assert_array_equal(found[i], x)
+
+
+@hypothesis.given(LAYOUTS, SHAPES)
+@hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
+def test_plan_loses_no_element(layout: so.BlockLayout, shapes: list) -> None:
+    plan = layout.plan([f"p{i}" for i in range(len(shapes))], shapes)
+    blocked = sum(math.prod(shape) for shape in plan.stacks.values())
+    loose = sum(math.prod(shapes[i]) for i in plan.rest)
+    assert blocked + loose == sum(math.prod(shape) for shape in shapes)
+    for shape in plan.stacks.values():
+        assert min(shape) > 0
+        assert max(shape[1:]) <= layout.max_preconditioner_dim
+    assert all(i in plan.rest for i, shape in enumerate(shapes) if 0 in shape)
+
+
+def test_blocks_are_the_slices_of_the_parameter() -> None:
+    """Against plain slicing: order and place of every block, ragged ends included."""
+    layout = so.BlockLayout(2)
+    w = {0: jnp.arange(25.0).reshape(5, 5), 1: -jnp.arange(25.0).reshape(5, 5)}
+    stacks = split(w, layout.plan(["a", "b"], [(5, 5), (5, 5)]))
+    edges = [(0, 2), (2, 4), (4, 5)]
+    wanted: dict[str, list] = {}
+    for leaf in (0, 1):
+        for (r0, r1), (c0, c1) in itertools.product(edges, edges):
+            block = np.asarray(w[leaf])[r0:r1, c0:c1]
+            key = f"{r1 - r0}x{c1 - c0}"
+            wanted.setdefault(key, []).append(block)
+    for key, blocks in wanted.items():
+        np.testing.assert_array_equal(stacks[key], np.stack(blocks))
+
+
+def test_a_plan_is_made_once() -> None:
+    layout, shapes = so.BlockLayout(2), [(5, 5), (3,)]
+    assert layout.plan(["a", "b"], shapes) is layout.plan(["c", "d"], shapes)
+    jaxpr = jax.make_jaxpr(lambda x: split({0: x}, layout.plan(["a"], [(4, 4)])))
+    assert jaxpr(jnp.ones((4, 4))).out_avals[0].shape == (4, 2, 2)

@@ -1,0 +1,166 @@
+"""Which parameters an optimizer takes, and what it says to those it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import shampoo_optax as so
+from tests import helpers
+
+OPTIMIZERS = {
+    "shampoo": so.shampoo(1e-3),
+    "vectors": so.scale_by_shampoo(layout=so.BlockLayout(precondition_vectors=True)),
+}
+LEAVES = {
+    "int32": (jnp.ones((4, 4), jnp.int32), ["int32", "optax.masked"]),
+    "uint8": (np.ones((4, 4), np.uint8), ["uint8", "optax.masked"]),
+    "bool": (jnp.ones((4, 4), bool), ["bool", "optax.masked"]),
+    "python_int": (3, ["int32", "floating"]),
+    "string": ("relu", ["'relu'", "str", "floating"]),
+    "object": (object(), ["object", "floating"]),
+    "complex": (jnp.ones((4, 4), jnp.complex64), ["complex64", "split_real"]),
+}
+
+
+@pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize(("leaf", "words"), LEAVES.values(), ids=LEAVES)
+def test_leaves_that_are_not_parameters(tx: Any, leaf: Any, words: list[str]) -> None:
+    params = {"layers": [{"kernel": jnp.ones((4, 4)), "odd": leaf}]}
+    with pytest.raises(TypeError) as caught:
+        tx.init(params)
+    for word in ["blockwise.init", "'layers/0/odd'", *words]:
+        assert word in str(caught.value), str(caught.value)
+
+
+BEFORE = {"a": jnp.ones((4, 3)), "b": jnp.ones(3), "c": jnp.ones((5, 2))}
+CHANGED = {
+    "shape": (BEFORE | {"a": jnp.ones((4, 5))}, ["'a'"]),
+    "vector": (BEFORE | {"b": jnp.ones(7)}, ["b'"]),
+    "transposed": (BEFORE | {"a": jnp.ones((3, 4))}, ["'a'"]),
+    "rank": (BEFORE | {"a": jnp.ones((3, 2, 2))}, ["'a'"]),
+    "to_vector": (BEFORE | {"a": jnp.ones(12)}, ["'a'"]),
+    "one_more": (BEFORE | {"d": jnp.ones((2, 2))}, ["'d'"]),
+    "one_more_vector": (BEFORE | {"d": jnp.ones(2)}, ["d'"]),
+    "same_again": (BEFORE | {"d": jnp.ones((4, 3))}, ["'a'", "'d'"]),
+    "one_less": ({"a": BEFORE["a"], "b": BEFORE["b"]}, ["5x2"]),
+    "one_vector_less": ({"a": BEFORE["a"], "c": BEFORE["c"]}, ["b'"]),
+    "broadcasting": (BEFORE | {"b": jnp.ones(1)}, ["b'"]),
+}
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(("now", "words"), CHANGED.values(), ids=CHANGED)
+def test_parameters_that_changed_since_init(
+    now: Any, words: list[str], jit: bool
+) -> None:
+    tx = so.shampoo(1e-3)
+    state = tx.init(BEFORE)
+    update = jax.jit(tx.update) if jit else tx.update
+    with pytest.raises(ValueError) as caught:
+        update(now, state, now)
+    for word in ["blockwise.update", "init", *words]:
+        assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        (BEFORE | {"a": jnp.ones((3, 4))}, ["'a'", "(4, 3)", "(3, 4)", "params"]),
+        ({"a": BEFORE["a"], "b": BEFORE["b"]}, ["'c'", "params"]),
+        (BEFORE | {"d": jnp.ones(2)}, ["'d'", "params"]),
+    ],
+)
+def test_updates_and_parameters_of_two_models(params: Any, words: list[str]) -> None:
+    tx = so.scale_by_shampoo()
+    with pytest.raises(ValueError) as caught:
+        tx.update(BEFORE, tx.init(BEFORE), params)
+    for word in ["blockwise.update", *words]:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_raw_gradient_of_another_model() -> None:
+    tx = so.blockwise(so.kronecker())
+    with pytest.raises(ValueError, match=r"blockwise\.update.*raw_gradient"):
+        tx.update(BEFORE, tx.init(BEFORE), raw_gradient={"a": BEFORE["a"]})
+
+
+def test_kronecker_outside_blockwise() -> None:
+    for params in (BEFORE, jnp.ones((3, 3))):
+        with pytest.raises(TypeError, match=r"kronecker.*init.*blockwise\(kronecker"):
+            so.kronecker().init(params)
+
+
+@pytest.mark.parametrize("exponent", [0.3, 0.7])
+def test_a_root_that_a_method_cannot_take(exponent: float) -> None:
+    root = so.roots.CoupledNewton()
+    tx = so.shampoo(1e-3, root=root, exponents={2: exponent})
+    with pytest.raises(ValueError, match=r"roots\.CoupledNewton takes") as e:
+        tx.init(BEFORE)
+    assert f"{exponent:g}" in str(e.value) and "roots.Eigh" in str(e.value)
+
+
+def test_weight_decay_without_parameters() -> None:
+    tx = so.shampoo(1e-3, weight_decay=0.1)
+    with pytest.raises(ValueError, match="params"):
+        tx.update(BEFORE, tx.init(BEFORE))
+
+
+WORKS = {
+    "none": {"a": None, "w": jnp.ones((3, 2))},
+    "masked": {"a": optax.MaskedNode(), "w": jnp.ones((3, 2))},
+    "scalar": {"a": jnp.ones(())},
+    "bare": jnp.ones((3, 2)),
+    "ones": {"a": jnp.ones((1,)), "b": jnp.ones((1, 1)), "c": jnp.ones((1, 5, 1))},
+    "zero_size": {"a": jnp.ones((0,)), "b": jnp.ones((0, 4)), "c": jnp.ones((3, 2))},
+    "only_zero_size": {"b": jnp.ones((4, 0, 2))},
+    "empty": {},
+    "empty_list": [],
+    "nested_empty": {"a": {}, "b": [(), {}], "w": jnp.ones((3, 2))},
+    "kernel_5d": {"w": jnp.ones((2, 1, 3, 2, 4))},
+    "python_float": {"a": 1.0, "w": jnp.ones((3, 2))},
+    "numpy": {"a": np.ones((3, 2), np.float32), "b": np.float32(2.0)},
+    "mixed": {
+        "a": jnp.ones((3, 2), jnp.bfloat16),
+        "b": jnp.ones((3, 2), jnp.float16),
+        "c": jnp.ones((3, 2)),
+        "d": jnp.ones(4, jnp.bfloat16),
+    },
+}
+
+
+def _check_works(params: Any, tx: Any, *, jit: bool) -> None:
+    init, update = (jax.jit(tx.init), jax.jit(tx.update)) if jit else tx
+    state = init(params)
+    for step in range(2):
+        updates, state = update(helpers.gradients(params, step), state, params)
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+        for u, p in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+            assert jnp.shape(u) == jnp.shape(p)
+            assert jnp.result_type(u) == jnp.result_type(p)
+            assert np.all(np.isfinite(np.asarray(u, np.float64)))
+            assert np.all(np.asarray(u, np.float64) != 0)
+
+
+@pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("params", WORKS.values(), ids=WORKS)
+def test_parameters_that_work(params: Any, tx: Any) -> None:
+    _check_works(params, tx, jit=True)
+
+
+# Outside jit leaves come as they are: no array, or not one of JAX.
+@pytest.mark.parametrize("name", ["none", "python_float", "numpy", "empty", "mixed"])
+def test_parameters_that_work_eagerly(name: str) -> None:
+    _check_works(WORKS[name], OPTIMIZERS["vectors"], jit=False)
+
+
+def test_double_precision_parameters() -> None:
+    with jax.enable_x64(True):
+        params = helpers.parameters(jnp.float64)
+        (updates, *_), _ = helpers.run(so.shampoo(1e-3), params, 1)
+        assert {u.dtype for u in updates.values()} == {jnp.dtype("float64")}
