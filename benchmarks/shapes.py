@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ Tree = dict[str, Any]
 def mlp(width: int = 1024) -> Tree:
     """784 - width - width - 10, with biases."""
     sizes = [784, width, width, 10]
-    layers = zip(sizes[:-1], sizes[1:], strict=True)
+    layers = itertools.pairwise(sizes)
     return _arrays(
         {f"{i}": {"kernel": (m, n), "bias": (n,)} for i, (m, n) in enumerate(layers)}
     )

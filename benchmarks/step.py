@@ -24,7 +24,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 import shampoo_optax as so
 from benchmarks import common, optimizers, shapes

@@ -103,7 +103,7 @@ def test_interrupted_and_resumed_is_bitwise_the_uninterrupted_run(train, tmp_pat
     losses = [[row["loss"] for row in r["evaluations"]] for r in results]
     assert losses[0] == losses[1]
 
-    with pytest.raises(SystemExit, match="batch is 4 there and 8 here.*--fresh"):
+    with pytest.raises(SystemExit, match=r"batch is 4 there and 8 here.*--fresh"):
         train(parts, "--batch", "8")
 
 
