@@ -85,6 +85,17 @@ def join(
     return leaves
 
 
+def promoted(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
+    """The common dtype, on purpose and therefore under strict promotion too.
+
+    Example:
+      >>> promoted(jnp.bfloat16, jnp.float32)
+      dtype('float32')
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
 def _number(box: Box) -> int:
     number = 1
     for size in box.grid:
@@ -132,6 +143,6 @@ def _assemble(boxes: list[jax.Array], pool: Pool) -> jax.Array:
 
 def _concatenate(arrays: list[jax.Array], axis: int) -> jax.Array:
     """Concatenate, promoting dtypes on purpose; one array comes back as it is."""
-    dtype = jnp.result_type(*arrays)
+    dtype = promoted(*(array.dtype for array in arrays))
     arrays = [array.astype(dtype) for array in arrays]
     return arrays[0] if len(arrays) == 1 else lax.concatenate(arrays, axis)

@@ -110,7 +110,7 @@ class Eigh:
         unit: jax.Array,
         dtype: jnp.dtype,
     ) -> jax.Array:
-        w, v = jnp.linalg.eigh(matrices, symmetrize_input=False)
+        w, v = _eigh(matrices)
         tiny = jnp.finfo(w.dtype).tiny
         if self.pseudo_inverse is None:
             lowest = jnp.minimum(jnp.min(w, axis=-1, keepdims=True), 0.0)
@@ -293,6 +293,26 @@ def inverse_root(
         & (solution.residual <= method.max_residual)
     )
     return InverseRoot(root, accepted)
+
+
+def _eigh(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues and eigenvectors of ``[..., d, d]``.
+
+    One matrix at a time on a CPU: XLA spreads a batch over its thread pool and waits
+    for it on a thread of that same pool, so two batches at once, or a batch beside
+    another waiting kernel, can wait for each other for ever (seen on two cores).
+    """
+
+    def one(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+        w, v = jnp.linalg.eigh(matrix, symmetrize_input=False)
+        return w, v
+
+    def one_by_one(stack: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.lax.map(one, stack)
+
+    flat = matrices.reshape(-1, *matrices.shape[-2:])
+    w, v = jax.lax.platform_dependent(flat, cpu=one_by_one, default=one)
+    return w.reshape(matrices.shape[:-1]), v.reshape(matrices.shape)
 
 
 def _positive(x: jax.Array) -> jax.Array:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from shampoo_optax.layout.split import promoted
+
 
 def scalar(value: ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
     """A number, possibly traced, in the dtype of the arrays it meets."""
@@ -14,7 +16,7 @@ def scalar(value: ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """The dtype in which statistics of ``dtype`` are kept: float32 at least."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return promoted(dtype, jnp.float32)
 
 
 def bias_correction(

@@ -12,7 +12,7 @@ from shampoo_optax import _checks
 from shampoo_optax.layout import placement
 from shampoo_optax.layout.block_layout import BlockLayout
 from shampoo_optax.layout.plan import Plan
-from shampoo_optax.layout.split import join, split
+from shampoo_optax.layout.split import join, promoted, split
 
 
 class BlockwiseState(NamedTuple):
@@ -126,7 +126,7 @@ class _Tree:
         for pool, box in self.plan.members:
             dtypes = [jnp.result_type(self.leaves[i]) for i in pool.leaves]
             members.setdefault(box.key, []).extend(dtypes)
-        return {key: jnp.result_type(*dtypes) for key, dtypes in members.items()}
+        return {key: promoted(*dtypes) for key, dtypes in members.items()}
 
     def stacks(self) -> dict[str, jax.Array]:
         """The blocked leaves, cut."""
