@@ -169,7 +169,7 @@ def rows(results: dict[str, Any], floor_ms: float) -> list[list[Any]]:
         row: list[Any] = [name]
         for key, over_floor in (("plain", True), ("refresh", False), ("average", True)):
             value = r[f"{key}_ms"]
-            row += [value, value / base[f"{key}_ms"]]
+            row += [value, value / base["plain_ms"]]
             if over_floor:
                 row.append(value / floor if floor else None)
         row += [r["first_s"], r["first_s"] / base["first_s"]]

@@ -34,6 +34,7 @@ SCHEDULE = Schedule(steps=200, eval_every=10, save_every=100)
 BATCH = 64
 VALIDATION = 360  # of 1797 images
 FREQUENCY = 10
+LARGEST = 256  # of a factor; 512 inputs fall into two blocks
 LEARNING_RATES = {"adamw": 4e-3, "shampoo": 4e-3}
 
 
@@ -59,11 +60,11 @@ def adamw(learning_rate: float, steps: int) -> optax.GradientTransformationExtra
 
 
 def shampoo(learning_rate: float, steps: int) -> optax.GradientTransformationExtraArgs:
-    """Makes Shampoo; a dense layer of 512 inputs falls into two blocks."""
+    """Makes Shampoo, with AdamW's arguments and two of its own."""
     return so.shampoo(
         cosine(learning_rate, steps),
         weight_decay=1e-4,
-        layout=so.BlockLayout(max_preconditioner_dim=256),
+        layout=so.BlockLayout(max_preconditioner_dim=LARGEST),
         refresh=so.Refresh(precondition_frequency=FREQUENCY),
     )
 

@@ -33,6 +33,7 @@ SCHEDULE = Schedule(steps=500, eval_every=20, save_every=100)
 SHAPE = Shape()
 BATCH = 32
 FREQUENCY = 10
+LARGEST = 1024  # of a factor; no kernel of the default model is cut
 # By `python -m examples.sweep_lm` (sweep_lm.json): 200 steps of one seed, loss by rate
 #             2e-3   2.83e-3    4e-3   5.66e-3    8e-3
 #   adamw    2.282     2.246   2.230     2.275   2.280
@@ -60,7 +61,7 @@ def shampoo(learning_rate: float, steps: int) -> optax.GradientTransformationExt
         so.shampoo(
             warmup_cosine(learning_rate, steps),
             weight_decay=1e-4,
-            layout=so.BlockLayout(max_preconditioner_dim=1024),
+            layout=so.BlockLayout(max_preconditioner_dim=LARGEST),
             refresh=so.Refresh(precondition_frequency=FREQUENCY),
             grafting=so.grafting.adam(b2=0.999, eps=1e-8),
         ),
