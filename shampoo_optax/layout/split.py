@@ -6,6 +6,7 @@ of a hundred equal layers costs one reshape, not a hundred.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -68,6 +69,8 @@ def join(
     """
     taken = dict.fromkeys(stacks, 0)
     leaves = {}
+    traced = any(isinstance(stack, jax.core.Tracer) for stack in stacks.values())
+    starts = _opaque(_starts(plan)) if traced else {}
     for pool in plan.pools:
         boxes = []
         for box in pool.boxes:
@@ -76,11 +79,8 @@ def join(
             blocks = lax.slice_in_dim(stacks[box.key], begin, begin + number)
             taken[box.key] = begin + number
             boxes.append(_from_blocks(blocks, box))
-        pooled = _assemble(boxes, pool)
-        first = 0
-        for leaf, batch in zip(pool.leaves, pool.batches, strict=True):
-            array = lax.slice_in_dim(pooled, first, first + batch)
-            first += batch
+        arrays = _unpool(_assemble(boxes, pool), pool.batches, starts)
+        for leaf, array in zip(pool.leaves, arrays, strict=True):
             leaves[leaf] = jnp.reshape(array, plan.shapes[leaf]).astype(dtypes[leaf])
     return leaves
 
@@ -139,6 +139,51 @@ def _assemble(boxes: list[jax.Array], pool: Pool) -> jax.Array:
             _concatenate(boxes[i : i + run], dim + 1) for i in range(0, len(boxes), run)
         ]
     return boxes[0]
+
+
+def _starts(plan: Plan) -> list[int]:
+    """Where leaves begin in pools that hold several, each place once."""
+    starts = {
+        start
+        for pool in plan.pools
+        if len(pool.leaves) > 1
+        for start in itertools.accumulate(pool.batches[:-1], initial=0)
+    }
+    return sorted(starts)
+
+
+def _opaque(numbers: list[int]) -> dict[int, jax.Array]:
+    """Numbers as scalars whose value XLA's CPU compiler does not see.
+
+    A slice at a constant place is a kernel of its own there, 12 ms of LLVM for each
+    parameter; slices at places given as data are one kernel, compiled once. What
+    comes out of a branch is data, and the barrier keeps the branch. Other backends
+    copy a constant slice without compiling it, and get constants.
+    """
+    if not numbers:
+        return {}
+
+    def plain() -> list[jax.Array]:
+        return [jnp.asarray(number, jnp.int32) for number in numbers]
+
+    def hidden() -> list[jax.Array]:
+        return lax.cond(lax.optimization_barrier(False), plain, plain)
+
+    scalars = lax.platform_dependent(cpu=hidden, default=plain)
+    return dict(zip(numbers, scalars, strict=True))
+
+
+def _unpool(
+    pooled: jax.Array, batches: Sequence[int], starts: Mapping[int, jax.Array]
+) -> list[jax.Array]:
+    """Cut a pool along its first axis into the arrays of its leaves."""
+    if len(batches) == 1:
+        return [pooled]
+    places = itertools.accumulate(batches[:-1], initial=0)
+    return [
+        lax.dynamic_slice_in_dim(pooled, starts.get(place, place), batch)
+        for place, batch in zip(places, batches, strict=True)
+    ]
 
 
 def _concatenate(arrays: list[jax.Array], axis: int) -> jax.Array:

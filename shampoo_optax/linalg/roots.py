@@ -17,7 +17,12 @@ from jax.typing import ArrayLike
 
 from shampoo_optax.linalg import coupled
 from shampoo_optax.linalg.modes import PRECISION
-from shampoo_optax.linalg.scaling import damping, prescale, unscale
+from shampoo_optax.linalg.scaling import (
+    Damping,
+    largest_eigenvalue,
+    prescale,
+    unscale,
+)
 
 
 class Solution(NamedTuple):
@@ -35,7 +40,7 @@ class InverseRoot(NamedTuple):
 
 
 class RootMethod(Protocol):
-    """A way to compute ``(A + delta I)^(-1/p)``."""
+    """A way to compute ``(A + delta I)^(-1/p)``, ``delta`` from a :class:`Damping`."""
 
     @property
     def max_residual(self) -> float:
@@ -45,9 +50,9 @@ class RootMethod(Protocol):
         """Raise ValueError where this method cannot take this root."""
 
     def solve(
-        self, matrices: jax.Array, delta: jax.Array, p: float, *, unit: jax.Array
+        self, matrices: jax.Array, damping: Damping, p: float, *, unit: jax.Array
     ) -> Solution:
-        """Roots of ``[..., d, d]`` with ridge ``delta [...]``.
+        """Roots of ``[..., d, d]``, damped by ``damping.ridge(lambda_max)``.
 
         ``unit [...]`` is what 1.0 in the caller's units is in those of
         ``matrices`` (they come prescaled), for absolute thresholds.
@@ -91,36 +96,38 @@ class Eigh:
         """Every positive root works."""
 
     def solve(
-        self, matrices: jax.Array, delta: jax.Array, p: float, *, unit: jax.Array
+        self, matrices: jax.Array, damping: Damping, p: float, *, unit: jax.Array
     ) -> Solution:
         """See :class:`RootMethod`."""
-        dtype = matrices.dtype
+        dtype, exact = matrices.dtype, jnp.zeros_like(unit)
         if not self.double_precision:
-            return Solution(self._root(matrices, delta, p, unit, dtype), 0.0 * delta)
+            return Solution(self._root(matrices, damping, p, unit, dtype), exact)
         with jax.enable_x64(True):
-            a, d, u = (x.astype(jnp.float64) for x in (matrices, delta, unit))
-            root = self._root(a, d, p, u, dtype).astype(dtype)
-        return Solution(root, jnp.zeros_like(delta))
+            matrices = matrices.astype(jnp.float64)
+            root = self._root(matrices, damping, p, unit, dtype).astype(dtype)
+        return Solution(root, exact)
 
     def _root(
         self,
         matrices: jax.Array,
-        delta: jax.Array,
+        damping: Damping,
         p: float,
         unit: jax.Array,
         dtype: jnp.dtype,
     ) -> jax.Array:
         w, v = _eigh(matrices)
         tiny = jnp.finfo(w.dtype).tiny
+        # LAPACK and its kin give the eigenvalues in ascending order.
+        lowest = jnp.minimum(w[..., :1], 0.0)
+        largest = jnp.maximum(w[..., -1:], 0.0)
         if self.pseudo_inverse is None:
-            lowest = jnp.minimum(jnp.min(w, axis=-1, keepdims=True), 0.0)
             w = w - lowest if self.shift else jnp.maximum(w, 0.0)
-            powers = jnp.maximum(w + delta[..., None], tiny) ** (-1.0 / p)
+            delta = damping.ridge(largest[..., 0])[..., None]
+            powers = jnp.maximum(w + delta, tiny) ** (-1.0 / p)
         else:
             rtol = self.pseudo_inverse.rank_rtol
             rtol = w.shape[-1] * float(jnp.finfo(dtype).eps) if rtol is None else rtol
-            largest = jnp.maximum(jnp.max(w, axis=-1, keepdims=True), 0.0)
-            atol = self.pseudo_inverse.rank_atol * unit[..., None]
+            atol = self.pseudo_inverse.rank_atol * unit[..., None].astype(w.dtype)
             keep = w > jnp.maximum(rtol * largest, atol)
             powers = jnp.where(keep, jnp.maximum(w, tiny) ** (-1.0 / p), 0.0)
         return jnp.matmul(
@@ -154,12 +161,12 @@ class CoupledNewton:
             )
 
     def solve(
-        self, matrices: jax.Array, delta: jax.Array, p: float, *, unit: jax.Array
+        self, matrices: jax.Array, damping: Damping, p: float, *, unit: jax.Array
     ) -> Solution:
         """See :class:`RootMethod`."""
         del unit
         degree = coupled.as_fraction(p).numerator
-        ridged = matrices + delta[..., None, None] * coupled.identity_like(matrices)
+        ridged = _ridged(matrices, damping.ridge(largest_eigenvalue(matrices)))
         # ||A||_F >= lambda_max, so M starts with its spectrum in (0, (p+1)/2], well
         # inside the (0, p+1) where the iteration converges.
         norm = jnp.sqrt(jnp.sum(ridged * ridged, axis=(-2, -1)))
@@ -215,7 +222,7 @@ class CoupledHigherOrder:
             )
 
     def solve(
-        self, matrices: jax.Array, delta: jax.Array, p: float, *, unit: jax.Array
+        self, matrices: jax.Array, damping: Damping, p: float, *, unit: jax.Array
     ) -> Solution:
         """See :class:`RootMethod`."""
         fraction = coupled.as_fraction(p)
@@ -225,7 +232,9 @@ class CoupledHigherOrder:
             delta = jnp.maximum(
                 (self.rel_epsilon or 0.0) * norm, (self.abs_epsilon or 0.0) * unit
             )
-        ridged = matrices + delta[..., None, None] * coupled.identity_like(matrices)
+        else:
+            delta = damping.ridge(largest_eigenvalue(matrices))
+        ridged = _ridged(matrices, delta)
         trace = jnp.trace(ridged, axis1=-2, axis2=-1)
         begin = coupled.start(ridged, 1.0 / _positive(trace), degree)
         # One plain Newton step brings the spectrum to where every order converges.
@@ -278,17 +287,21 @@ def inverse_root(
              [0. , 0.5]], dtype=float32)
     """
     method.check(p)
-    scaled = prescale(matrices)
-    delta = damping(scaled, eps=eps, eps_rel=eps_rel)
-    unit = unscale(jnp.ones_like(delta), -scaled.exponent)
-    solution = method.solve(scaled.matrix, delta, p, unit=unit)
-    back = jnp.exp2(-scaled.exponent.astype(matrices.dtype) / p)
+    scaled, dtype = prescale(matrices), matrices.dtype
+    unit = unscale(jnp.ones(scaled.exponent.shape, dtype), -scaled.exponent)
+    relative = jnp.asarray(eps_rel, dtype)
+    absolute = unscale(jnp.asarray(eps, dtype), -scaled.exponent)
+    damping = Damping(absolute, relative)
+    solution = method.solve(scaled.matrix, damping, p, unit=unit)
+    # The whole part of the scale's root is exact: in float32, 2**-25.5 would not be.
+    back = -scaled.exponent.astype(dtype) / p
+    whole = jnp.floor(back)
+    back = unscale(jnp.exp2(back - whole), whole.astype(jnp.int32))
     root = solution.root * back[..., None, None]
     root = 0.5 * (root + jnp.swapaxes(root, -2, -1))
-    absolute = jnp.asarray(eps_rel, matrices.dtype) == 0
     accepted = (
         scaled.usable
-        & (scaled.nonzero | absolute)
+        & (scaled.nonzero | (relative == 0))
         & jnp.all(jnp.isfinite(root), axis=(-2, -1))
         & (solution.residual <= method.max_residual)
     )
@@ -313,6 +326,10 @@ def _eigh(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
     flat = matrices.reshape(-1, *matrices.shape[-2:])
     w, v = jax.lax.platform_dependent(flat, cpu=one_by_one, default=one)
     return w.reshape(matrices.shape[:-1]), v.reshape(matrices.shape)
+
+
+def _ridged(matrices: jax.Array, delta: jax.Array) -> jax.Array:
+    return matrices + delta[..., None, None] * coupled.identity_like(matrices)
 
 
 def _positive(x: jax.Array) -> jax.Array:

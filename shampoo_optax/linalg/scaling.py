@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from shampoo_optax.linalg.modes import PRECISION
 
@@ -21,6 +22,23 @@ class Scaled(NamedTuple):
     exponent: jax.Array  # [...], int32
     usable: jax.Array  # [...], bool: the input was finite
     nonzero: jax.Array  # [...], bool: the input was above the smallest normals
+
+
+class Damping(NamedTuple):
+    """The ridge of every method: ``max(eps, eps_rel * lambda_max)``."""
+
+    absolute: jax.Array  # [...], in the units of the prescaled matrices
+    relative: jax.Array  # []
+
+    def ridge(self, largest: jax.Array) -> jax.Array:
+        """The ridge of matrices whose largest eigenvalue is ``largest [...]``.
+
+        Example:
+          >>> Damping(jnp.array([0.1]), jnp.array(0.25)).ridge(jnp.array([4.0]))
+          Array([1.], dtype=float32)
+        """
+        relative = self.relative.astype(largest.dtype)
+        return jnp.maximum(relative * largest, self.absolute.astype(largest.dtype))
 
 
 def prescale(matrices: jax.Array) -> Scaled:
@@ -40,16 +58,13 @@ def prescale(matrices: jax.Array) -> Scaled:
       >>> float(scaled.matrix[0, 0]), int(scaled.exponent)
       (0.5916456580162048, 103)
     """
-    usable = jnp.all(jnp.isfinite(matrices), axis=(-2, -1))
+    # A NaN anywhere makes the maximum a NaN.
+    largest = jnp.max(jnp.abs(matrices), axis=(-2, -1), initial=0.0)
+    usable = jnp.isfinite(largest)
+    nonzero = usable & (largest >= 4 * jnp.finfo(matrices.dtype).tiny)
+    exponent = _exponent(jnp.where(nonzero, largest, jnp.ones_like(largest)))
     safe = jnp.where(usable[..., None, None], matrices, jnp.zeros_like(matrices))
-    largest = jnp.max(jnp.abs(safe), axis=(-2, -1), initial=0.0)
-    nonzero = largest >= 4 * jnp.finfo(matrices.dtype).tiny
-    _, exponent = jnp.frexp(jnp.where(nonzero, largest, jnp.ones_like(largest)))
-    # Two factors: 2**-exponent alone is subnormal near the largest floats.
-    half = exponent // 2
-    one = jnp.ones_like(largest)
-    down = jnp.ldexp(one, -half), jnp.ldexp(one, half - exponent)
-    scaled = safe * down[0][..., None, None] * down[1][..., None, None]
+    scaled = unscale(safe, -exponent[..., None, None])
     scaled = 0.5 * (scaled + jnp.swapaxes(scaled, -2, -1))
     return Scaled(scaled, exponent, usable, nonzero)
 
@@ -78,35 +93,12 @@ def largest_eigenvalue(matrices: jax.Array) -> jax.Array:
         norm = jnp.sqrt(jnp.sum(v * v, axis=(-2, -1), keepdims=True))
         return v / jnp.maximum(norm, tiny)
 
-    vector = normalise(vector)
-    for _ in range(POWER_STEPS):
-        vector = normalise(jnp.matmul(matrices, vector, precision=PRECISION))
+    def step(_: jax.Array, v: jax.Array) -> jax.Array:
+        return normalise(jnp.matmul(matrices, v, precision=PRECISION))
+
+    vector = lax.fori_loop(0, POWER_STEPS, step, normalise(vector))
     image = jnp.matmul(matrices, vector, precision=PRECISION)
     return jnp.sum(vector * image, axis=(-2, -1))
-
-
-def damping(
-    scaled: Scaled, *, eps: jax.typing.ArrayLike, eps_rel: jax.typing.ArrayLike
-) -> jax.Array:
-    """The ridge of every method: ``max(eps, eps_rel * lambda_max)``.
-
-    Args:
-      scaled: prescaled matrices ``[..., d, d]``.
-      eps: absolute damping, in the units of the unscaled matrices.
-      eps_rel: damping relative to the largest eigenvalue.
-
-    Returns:
-      ``[...]``, in the units of ``scaled.matrix``.
-
-    Example:
-      >>> identity = prescale(jnp.eye(2))
-      >>> damping(identity, eps=1e-12, eps_rel=0.25)
-      Array(0.125, dtype=float32)
-    """
-    dtype = scaled.matrix.dtype
-    relative = jnp.asarray(eps_rel, dtype) * largest_eigenvalue(scaled.matrix)
-    absolute = unscale(jnp.asarray(eps, dtype), -scaled.exponent)
-    return jnp.maximum(relative, absolute)
 
 
 def unscale(values: jax.Array, exponent: jax.Array) -> jax.Array:
@@ -117,5 +109,29 @@ def unscale(values: jax.Array, exponent: jax.Array) -> jax.Array:
       Array(48., dtype=float32)
     """
     half = exponent // 2
-    one = jnp.ones(jnp.shape(exponent), values.dtype)
-    return values * jnp.ldexp(one, half) * jnp.ldexp(one, exponent - half)
+    return values * _power_of_two(half, values.dtype) * _power_of_two(
+        exponent - half, values.dtype
+    )
+
+
+def _bits(dtype: jax.typing.DTypeLike) -> tuple[jnp.dtype, int, int]:
+    """The integer of the same width, the bits of the mantissa, the exponent's bias."""
+    info = jnp.finfo(dtype)
+    return jnp.dtype(f"int{info.bits}"), info.nmant, 1 - info.minexp
+
+
+def _exponent(x: jax.Array) -> jax.Array:
+    """``e`` with ``2**(e - 1) <= x < 2**e``, of positive normal numbers.
+
+    As ``jnp.frexp``, read from the number's bits: a tenth of its program.
+    """
+    integer, mantissa, bias = _bits(x.dtype)
+    bits = lax.bitcast_convert_type(x, integer)
+    return (bits >> mantissa).astype(jnp.int32) - (bias - 1)
+
+
+def _power_of_two(exponent: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """``2**exponent`` exactly, for the exponents of normal numbers."""
+    integer, mantissa, bias = _bits(dtype)
+    bits = (exponent.astype(integer) + bias) << mantissa
+    return lax.bitcast_convert_type(bits, dtype)

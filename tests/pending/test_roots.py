@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shampoo_optax.linalg import roots
-from shampoo_optax.linalg.scaling import damping, largest_eigenvalue, prescale
+from shampoo_optax.linalg.scaling import Damping, largest_eigenvalue, prescale, unscale
 
 METHODS: dict[str, Any] = {
     "eigh": roots.Eigh(),
