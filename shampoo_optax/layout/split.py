@@ -164,7 +164,7 @@ def _opaque(numbers: list[int]) -> dict[int, jax.Array]:
         return {}
 
     def plain() -> list[jax.Array]:
-        return [jnp.asarray(number, jnp.int32) for number in numbers]
+        return [jnp.asarray(number, jnp.uint32) for number in numbers]
 
     def hidden() -> list[jax.Array]:
         return lax.cond(lax.optimization_barrier(False), plain, plain)

@@ -99,13 +99,36 @@ class Eigh:
         self, matrices: jax.Array, damping: Damping, p: float, *, unit: jax.Array
     ) -> Solution:
         """See :class:`RootMethod`."""
-        dtype, exact = matrices.dtype, jnp.zeros_like(unit)
+        exact = jnp.zeros_like(unit)
         if not self.double_precision:
-            return Solution(self._root(matrices, damping, p, unit, dtype), exact)
+            return Solution(self._roots(matrices, damping, p, unit), exact)
         with jax.enable_x64(True):
-            matrices = matrices.astype(jnp.float64)
-            root = self._root(matrices, damping, p, unit, dtype).astype(dtype)
+            wide = matrices.astype(jnp.float64)
+            root = self._roots(wide, damping, p, unit).astype(matrices.dtype)
         return Solution(root, exact)
+
+    def _roots(
+        self, matrices: jax.Array, damping: Damping, p: float, unit: jax.Array
+    ) -> jax.Array:
+        """One matrix at a time on a CPU.
+
+        XLA spreads a batch of LAPACK calls over its thread pool and waits for them on
+        a thread of that same pool, so two batches at once can wait for each other for
+        ever (seen on two cores); and one matrix stays in the cache.
+        """
+
+        def batched(a: jax.Array, absolute: jax.Array, u: jax.Array) -> jax.Array:
+            return self._root(a, damping._replace(absolute=absolute), p, u)
+
+        def one_by_one(*stacks: jax.Array) -> jax.Array:
+            return jax.lax.map(lambda xs: batched(*xs), stacks)
+
+        flat = matrices.reshape(-1, *matrices.shape[-2:])
+        numbers = damping.absolute.reshape(-1), unit.reshape(-1)
+        root = jax.lax.platform_dependent(
+            flat, *numbers, cpu=one_by_one, default=batched
+        )
+        return root.reshape(matrices.shape)
 
     def _root(
         self,
@@ -113,9 +136,8 @@ class Eigh:
         damping: Damping,
         p: float,
         unit: jax.Array,
-        dtype: jnp.dtype,
     ) -> jax.Array:
-        w, v = _eigh(matrices)
+        w, v = jnp.linalg.eigh(matrices, symmetrize_input=False)
         tiny = jnp.finfo(w.dtype).tiny
         # LAPACK and its kin give the eigenvalues in ascending order.
         lowest = jnp.minimum(w[..., :1], 0.0)
@@ -126,7 +148,9 @@ class Eigh:
             powers = jnp.maximum(w + delta, tiny) ** (-1.0 / p)
         else:
             rtol = self.pseudo_inverse.rank_rtol
-            rtol = w.shape[-1] * float(jnp.finfo(dtype).eps) if rtol is None else rtol
+            rtol = (
+                w.shape[-1] * float(jnp.finfo(unit.dtype).eps) if rtol is None else rtol
+            )
             atol = self.pseudo_inverse.rank_atol * unit[..., None].astype(w.dtype)
             keep = w > jnp.maximum(rtol * largest, atol)
             powers = jnp.where(keep, jnp.maximum(w, tiny) ** (-1.0 / p), 0.0)
@@ -306,26 +330,6 @@ def inverse_root(
         & (solution.residual <= method.max_residual)
     )
     return InverseRoot(root, accepted)
-
-
-def _eigh(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eigenvalues and eigenvectors of ``[..., d, d]``.
-
-    One matrix at a time on a CPU: XLA spreads a batch over its thread pool and waits
-    for it on a thread of that same pool, so two batches at once, or a batch beside
-    another waiting kernel, can wait for each other for ever (seen on two cores).
-    """
-
-    def one(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-        w, v = jnp.linalg.eigh(matrix, symmetrize_input=False)
-        return w, v
-
-    def one_by_one(stack: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.lax.map(one, stack)
-
-    flat = matrices.reshape(-1, *matrices.shape[-2:])
-    w, v = jax.lax.platform_dependent(flat, cpu=one_by_one, default=one)
-    return w.reshape(matrices.shape[:-1]), v.reshape(matrices.shape)
 
 
 def _ridged(matrices: jax.Array, delta: jax.Array) -> jax.Array:

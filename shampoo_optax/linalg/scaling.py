@@ -109,8 +109,10 @@ def unscale(values: jax.Array, exponent: jax.Array) -> jax.Array:
       Array(48., dtype=float32)
     """
     half = exponent // 2
-    return values * _power_of_two(half, values.dtype) * _power_of_two(
-        exponent - half, values.dtype
+    return (
+        values
+        * _power_of_two(half, values.dtype)
+        * _power_of_two(exponent - half, values.dtype)
     )
 
 

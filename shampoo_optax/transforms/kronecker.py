@@ -15,7 +15,7 @@ from shampoo_optax.linalg import modes, roots
 from shampoo_optax.transforms._numbers import (
     bias_correction as correction_of,
 )
-from shampoo_optax.transforms._numbers import new_weight, scalar, wide
+from shampoo_optax.transforms._numbers import block_norm, new_weight, scalar, wide
 from shampoo_optax.transforms.refresh import Refresh
 
 # {stack: {dimension: [n, d, d]}}; dimensions are strings so that a checkpoint can
@@ -198,15 +198,15 @@ def _measure(
 ) -> dict[str, jax.Array]:
     """One step of the moving averages of the Gram matrices of a stack."""
     new = {}
+    # The sum of squares is the trace of every Gram matrix of a block: one pass over
+    # the gradient finds each NaN, Inf and overflow before it reaches a factor.
+    squares = block_norm(gradients, batch_axes=1).reshape(-1, 1, 1)
+    finite = jnp.isfinite(squares)
     for dim, factor in factors.items():
         dtype = factor.dtype
         gram = modes.gram(gradients, int(dim), dtype)
         decayed = scalar(b2, dtype) * factor + new_weight(b2, dtype) * gram
-        # The diagonal of a Gram matrix holds sums of squares: one pass over d numbers
-        # finds every NaN, Inf and overflow of the block.
-        diagonal = jnp.diagonal(decayed, axis1=1, axis2=2)
-        finite = jnp.all(jnp.isfinite(diagonal), axis=1)
-        new[dim] = jnp.where(finite[:, None, None], decayed, factor)
+        new[dim] = jnp.where(finite, decayed, factor)
     return new
 
 
