@@ -6,13 +6,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
+# glibc gives large arrays back to the system after every step and takes them again,
+# page by page, in the next: a quarter of an optimizer's step on a CPU. So it keeps them.
+KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=4294967296 \
+  MALLOC_TRIM_THRESHOLD_=4294967296
+
 .PHONY: train digits test lint bench clean
 
 train: $(VENV)/.examples ## train a transformer with AdamW and Shampoo side by side
-	$(BIN)/python -m examples.train_lm $(ARGS)
+	$(KEEP_MEMORY) $(BIN)/python -m examples.train_lm $(ARGS)
 
 digits: $(VENV)/.examples ## the same for a convolutional network, in a minute
-	$(BIN)/python -m examples.train_digits $(ARGS)
+	$(KEEP_MEMORY) $(BIN)/python -m examples.train_digits $(ARGS)
 
 # One BLAS thread per process: with more, LAPACK on fake devices is 200 times slower.
 test: $(VENV)/.test ## run the tests
@@ -24,9 +29,9 @@ lint: $(VENV)/.test ## formatting, lint, types
 	$(BIN)/mypy
 
 bench: $(VENV)/.bench ## measure compile and step cost beside the peers
-	$(BIN)/python -m benchmarks.compile $(ARGS)
-	$(BIN)/python -m benchmarks.step $(ARGS)
-	$(BIN)/python -m benchmarks.run_once $(ARGS)
+	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.compile $(ARGS)
+	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.step $(ARGS)
+	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.run_once $(ARGS)
 
 clean: ## remove environments, caches and runs
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,9 +2,13 @@
 
 LAPACK on several fake devices with several threads each is hundreds of times slower
 than with one.
+
+XLA compiles each program once a process: where JAX forgets one (another flag, a new
+function of the same meaning) it is read back from a folder that ends with the process.
 """
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +19,16 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+PROGRAMS = tempfile.TemporaryDirectory(prefix="shampoo_optax_programs_")
+jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_unconfigure() -> None:
+    """Remove the folder of programs."""
+    PROGRAMS.cleanup()
 
 
 @pytest.fixture(autouse=True)

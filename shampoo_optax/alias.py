@@ -12,7 +12,7 @@ from shampoo_optax.layout.block_layout import BlockLayout
 from shampoo_optax.linalg import roots
 from shampoo_optax.scale_by import scale_by_shampoo
 from shampoo_optax.transforms import grafting as magnitudes
-from shampoo_optax.transforms.kronecker import Exponents
+from shampoo_optax.transforms.exponents import Exponents
 from shampoo_optax.transforms.refresh import Refresh
 from shampoo_optax.transforms.weight_decay import KINDS, Kind, add_weight_decay
 

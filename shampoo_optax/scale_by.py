@@ -9,9 +9,10 @@ from shampoo_optax.layout.block_layout import BlockLayout
 from shampoo_optax.linalg import roots
 from shampoo_optax.transforms import grafting as magnitudes
 from shampoo_optax.transforms.blockwise import blockwise
+from shampoo_optax.transforms.exponents import Exponents
 from shampoo_optax.transforms.filtering import filter_gradient
 from shampoo_optax.transforms.graft import graft
-from shampoo_optax.transforms.kronecker import Exponents, kronecker
+from shampoo_optax.transforms.kronecker import kronecker
 from shampoo_optax.transforms.refresh import Refresh
 
 

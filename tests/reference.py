@@ -40,6 +40,8 @@ def _inf(value: object) -> float:
 
 def merge_dims(shape: tuple[int, ...], config: dict) -> tuple[int, ...]:
     target = _inf(config.get("target_parameter_dimensionality", 1))
+    if config.get("preconditioner", {}).get("type") == "spectral_descent":
+        target = 2.0
     threshold = _inf(config.get("max_preconditioner_dim", 1024))
     if math.isinf(target):
         return tuple(shape) or (1,)
@@ -68,6 +70,7 @@ class Block:
 
     def __init__(self, config: dict, peak: float, param: Array) -> None:
         self.config, self.peak, self.shape = config, peak, param.shape
+        self.preconditioner = config.get("preconditioner", {})
         self.b1, self.b2 = config.get("betas", (0.9, 1.0))
         b3 = config.get("beta3", -1)
         self.b3 = self.b1 if b3 in (-1, None) else b3
@@ -77,14 +80,24 @@ class Block:
         self.mu = np.zeros(self.shape)
         self.nu = np.zeros(self.shape)
         self.momentum = np.zeros(self.shape)
+        self.z = np.array(param)
+        self.rate_sum = 0.0
+        self.bases = {k: np.eye(self.shape[k]) for k in range(len(self.shape))}
+        self.second = np.zeros(self.shape)
         self.frequency = config.get("precondition_frequency", 1)
         start = config.get("start_preconditioning_step", -1)
+        self.kind = self.preconditioner.get("type", "root_inv")
+        if self.kind in ("spectral_descent", "sign_descent"):
+            self.frequency = 1
         self.start = self.frequency if start == -1 else start
 
     def _exponents(self) -> dict[int, float]:
         order = len(self.shape)
-        preconditioner = self.config.get("preconditioner", {})
-        override = preconditioner.get("inverse_exponent_override", {})
+        if self.preconditioner.get("type") == "eigenvalue_corrected":
+            ignored = self.preconditioner.get("ignored_basis_change_dims", {})
+            ignored = ignored.get(str(order), ())
+            return {k: 1.0 for k in range(order) if k not in ignored}
+        override = self.preconditioner.get("inverse_exponent_override", {})
         override = override.get(str(order), override.get(order, {}))
         found = {}
         for k in range(order):
@@ -104,37 +117,75 @@ class Block:
         kind = config.get("weight_decay_type", "decoupled")
         if kind == "l2":
             g = g + decay * w
-        self._measure(g)
-        if (t % self.frequency == 0 and t > self.start) or t == self.start:
-            self._refresh(t)
+        if self.kind not in ("spectral_descent", "sign_descent"):
+            self._measure(g)
+            if (t % self.frequency == 0 and t > self.start) or t == self.start:
+                self._refresh(t)
         self._graft_state(g)
+        if self.kind == "eigenvalue_corrected":
+            turned = self._turn(g, back=False)
+            self.second = self.b2 * self.second + self._weight() * turned * turned
         f = self._filter(t, g)
         u = self._direction(t, f)
-        if kind != "l2":
-            scale = {
-                "decoupled": 1.0,
-                "corrected": lr / self.peak,
-                "independent": 1 / self.peak,
-            }
-            u = u + decay * scale[kind] * w
-        return w - lr * self._average(u)
+        alpha = {
+            "l2": 0.0,
+            "decoupled": decay,
+            "corrected": decay * lr / self.peak,
+            "independent": decay / self.peak,
+        }[kind]
+        averaging = config.get("iterate_averaging") or {"type": "classic_momentum"}
+        if averaging["type"] != "classic_momentum":
+            return self._primal(averaging, w, u, lr, alpha)
+        return w - lr * self._average(u + alpha * w)
+
+    def _weight(self) -> float:
+        dropped = self.preconditioner.get("drop_weighting_factor_on_gsquare", False)
+        return 1.0 if self.b2 == 1 or dropped else 1 - self.b2
+
+    def _correction(self, t: int) -> float:
+        dropped = self.preconditioner.get("drop_weighting_factor_on_gsquare", False)
+        correct = self.config.get("use_bias_correction", True) and not dropped
+        return 1 - self.b2**t if correct and self.b2 < 1 else 1.0
 
     def _measure(self, g: Array) -> None:
+        new = {}
         for k in self.factors:
-            unfolded = np.moveaxis(g, k, 0).reshape(g.shape[k], -1)
-            weight = 1.0 if self.b2 == 1 else 1 - self.b2
-            self.factors[k] = self.b2 * self.factors[k] + weight * unfolded @ unfolded.T
+            seen = g
+            if self.kind.endswith("_kl"):
+                for other, root in self.roots.items():
+                    if other != k:
+                        seen = multiply(root, seen, other)
+            unfolded = np.moveaxis(seen, k, 0).reshape(g.shape[k], -1)
+            sample = self._weight() * unfolded @ unfolded.T
+            new[k] = self.b2 * self.factors[k] + sample
+        self.factors = new
 
     def _refresh(self, t: int) -> None:
-        correct = self.config.get("use_bias_correction", True) and self.b2 < 1
-        correction = 1 - self.b2**t if correct else 1.0
-        preconditioner = self.config.get("preconditioner", {})
-        function = preconditioner.get("matrix_function", {"type": "eigh_root"})
+        function = self.preconditioner.get("matrix_function", {"type": "eigh_root"})
         eps = self.config.get("epsilon", 1e-12)
         for k, e in self.exponents.items():
-            new = inverse_root(self.factors[k] / correction, e, eps, function)
-            if new is not None:
-                self.roots[k] = new
+            target = self.factors[k] / self._correction(t)
+            if self.preconditioner.get("use_trace_scaling", False):
+                power = self.preconditioner.get("trace_scaling_exponent", 0.5)
+                target = target * max(np.trace(target), eps) ** -power
+            if self.kind == "eigenvalue_corrected":
+                _, self.bases[k] = basis(target, self.bases[k], eps, function)
+            elif function["type"] == "qr" or (
+                function.get("tolerance") and (function["type"] == "eigh")
+            ):
+                values, self.bases[k] = basis(target, self.bases[k], eps, function)
+                if values.min() < eps:
+                    values = values - values.min() + eps
+                self.roots[k] = self.bases[k] * values**-e @ self.bases[k].T
+            else:
+                new = inverse_root(target, e, eps, function)
+                if new is not None:
+                    self.roots[k] = new
+
+    def _turn(self, x: Array, *, back: bool) -> Array:
+        for k in self.exponents:
+            x = multiply(self.bases[k] if back else self.bases[k].T, x, k)
+        return x
 
     def _graft_state(self, g: Array) -> None:
         graft = self.config.get("grafting")
@@ -173,13 +224,39 @@ class Block:
         graft = self.config.get("grafting")
         if graft is not None and t < self.start:
             return self._graft_direction(t, f)
-        u = f
-        for k, root in self.roots.items():
-            u = np.moveaxis(np.tensordot(root, u, (1, k)), 0, k)
+        u = self._preconditioned(t, f)
         if graft is not None:
             target = np.linalg.norm(self._graft_direction(t, f))
             u = u * (target / (np.linalg.norm(u) + 1e-16))
         return u
+
+    def _preconditioned(self, t: int, f: Array) -> Array:
+        if self.kind == "sign_descent":
+            return np.sign(f)
+        if self.kind == "spectral_descent":
+            return orthogonal(f, self.preconditioner.get("orthogonalization", {}))
+        if self.kind == "eigenvalue_corrected":
+            override = self.preconditioner.get("inverse_exponent_override", {})
+            power = override.get(str(f.ndim), override.get(f.ndim, 0.5))
+            eps = self.config.get("epsilon", 1e-12)
+            scale = (self.second / self._correction(t)) ** power + eps
+            return self._turn(self._turn(f, back=False) / scale, back=True)
+        for k, root in self.roots.items():
+            f = multiply(root, f, k)
+        return f
+
+    def _primal(
+        self, averaging: dict, y: Array, u: Array, lr: float, alpha: float
+    ) -> Array:
+        mu_y = averaging.get("train_interp_coeff", 0.8)
+        mu_x = averaging.get("eval_interp_coeff", 0.9)
+        if averaging["type"] == "schedule_free":
+            weight = lr ** averaging.get("eval_coeff_lr_power", 2.0)
+            self.rate_sum += weight
+            mu_x = 1 - weight / self.rate_sum
+        z = self.z * (1 - lr * alpha)
+        self.z = z - lr * u
+        return y + (1 - mu_x) * (z - y) - (1 - mu_x * mu_y) * lr * u
 
     def _average(self, u: Array) -> Array:
         averaging = self.config.get("iterate_averaging")
@@ -191,6 +268,48 @@ class Block:
         if averaging.get("use_nesterov", False):
             return damped + mu * self.momentum
         return self.momentum
+
+
+def multiply(matrix: Array, x: Array, k: int) -> Array:
+    """``matrix`` times dimension ``k`` of ``x``."""
+    return np.moveaxis(np.tensordot(matrix, x, (1, k)), 0, k)
+
+
+def basis(a: Array, q: Array, eps: float, function: dict) -> tuple[Array, Array]:
+    """Eigenvalues and eigenvectors of ``a + eps I``, exact or one step nearer."""
+    a = a + eps * np.eye(len(a))
+    b = q.T @ a @ q
+    off = np.linalg.norm(b - np.diag(np.diag(b)))
+    tolerance = function.get("tolerance", 0.0)
+    if function["type"] != "qr":
+        if tolerance and off <= tolerance * np.linalg.norm(b):
+            return np.diag(b), q
+        return np.linalg.eigh(a)
+    for _ in range(function.get("max_iterations", 1)):
+        off = np.linalg.norm(b - np.diag(np.diag(b)))
+        if off <= tolerance * np.linalg.norm(b):
+            break
+        s, r = np.linalg.qr(b)
+        b, q = r @ s, q @ s
+    order = np.argsort(np.diag(b), kind="stable")
+    return np.diag(b)[order], q[:, order]
+
+
+def orthogonal(f: Array, given: dict) -> Array:
+    rows, columns = f.shape
+    scale = 1.0
+    if given.get("scale_by_dims", "one") == "sqrt_max1_rows_over_cols":
+        scale = math.sqrt(max(1, rows / columns))
+    if given.get("type") == "svd":
+        u, s, vt = np.linalg.svd(f, full_matrices=False)
+        return scale * (s.sum() if given.get("scale_by_nuclear_norm") else 1) * u @ vt
+    x = f / max(np.linalg.norm(f), 1e-8)
+    x = x if rows >= columns else x.T
+    a, b, c = given.get("coefficients", (3.4445, -4.775, 2.0315))
+    for _ in range(given.get("num_iterations", 5)):
+        gram = x.T @ x
+        x = a * x + x @ (b * gram + c * gram @ gram)
+    return scale * (x if rows >= columns else x.T)
 
 
 def inverse_root(a: Array, e: float, eps: float, function: dict) -> Array | None:

@@ -31,7 +31,9 @@ def test_golden_trajectory(name: str) -> None:
 
 def _worst_difference(case: dict, data: np.lib.npyio.NpzFile) -> float:
     names = list(case["params"])
-    tx, _ = build(case)
+    tx, evaluate = build(case)
+    averaged = [key for key in data.files if key.startswith("eval")]
+    assert (evaluate is None) == (not averaged)
     params = {p: jax.numpy.asarray(data[f"init/{p}"], case["dtype"]) for p in names}
     state = tx.init(params)
 
@@ -44,9 +46,12 @@ def _worst_difference(case: dict, data: np.lib.npyio.NpzFile) -> float:
     for t in range(case["steps"]):
         grads = {p: data[f"grad/{p}"][t].astype(case["dtype"]) for p in names}
         params, state = step(params, state, grads)
-        for p in names:
-            difference = np.abs(np.asarray(params[p]) - data[f"params/{p}"][t])
-            worst = max(worst, float(difference.max()))
+        pairs = [(params[p], data[f"params/{p}"][t]) for p in names]
+        if f"eval{t + 1}/{names[0]}" in averaged:
+            shown = evaluate(state, params)
+            pairs += [(shown[p], data[f"eval{t + 1}/{p}"]) for p in names]
+        for found, wanted in pairs:
+            worst = max(worst, float(np.abs(np.asarray(found) - wanted).max()))
     return worst
 
 
@@ -68,7 +73,7 @@ def _run(case: dict, init: dict, grads: dict) -> dict[str, np.ndarray]:
     return jax.tree.map(np.asarray, scan(params, state))
 
 
-@pytest.mark.parametrize("name", ["o05_graft_adam_blocks", "o12_coupled_newton"])
+@pytest.mark.parametrize("name", [c for c in CASES if "float32" not in c])
 def test_reference_agrees_with_golden(name: str) -> None:
     case = json.loads((GOLDEN / f"{name}.json").read_text())
     data = np.load(GOLDEN / f"{name}.npz")
@@ -78,15 +83,30 @@ def test_reference_agrees_with_golden(name: str) -> None:
         np.testing.assert_allclose(found, data[f"params/{p}"], rtol=0, atol=1e-9)
 
 
-@hypothesis.given(case=configurations(), seed=st.integers(0, 2**31))
-@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
-def test_random_configuration(case: dict, seed: int) -> None:
+# In four parts, so that processes share them: 200 configurations in all.
+@pytest.mark.parametrize("part", range(4))
+def test_random_configurations(part: int) -> None:
+    @hypothesis.seed(part)
+    @hypothesis.settings(max_examples=50, deadline=None, database=None)
+    @hypothesis.given(case=configurations(), seed=st.integers(0, 2**31))
+    def agrees(case: dict, seed: int) -> None:
+        _check_random(case, seed)
+
+    agrees()
+
+
+def _check_random(case: dict, seed: int) -> None:
     rng = np.random.default_rng(seed)
     shapes = case["params"].items()
     init = {p: rng.normal(size=shape) for p, shape in shapes}
     grads = {p: rng.normal(size=(case["steps"], *shape)) for p, shape in shapes}
-    with jax.enable_x64(True):
-        found = _run(case, init, grads)
+    # Five times quicker to compile, and the arithmetic is that of float64 all the same.
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        with jax.enable_x64(True):
+            found = _run(case, init, grads)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
     for p, wanted in reference.run(case, init, grads).items():
         np.testing.assert_allclose(found[p], wanted, rtol=0, atol=1e-9, err_msg=p)
 
@@ -94,25 +114,23 @@ def test_random_configuration(case: dict, seed: int) -> None:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"preconditioner": {"type": "eigenvalue_corrected"}}, "eigenvalue_corrected"),
-        ({"preconditioner": {"type": "root_inv_kl"}}, "root_inv_kl"),
-        (
-            {"preconditioner": {"type": "root_inv", "use_trace_scaling": True}},
-            "use_trace_scaling",
-        ),
-        (
-            {
-                "preconditioner": {
-                    "type": "eigendecomposed",
-                    "matrix_function": {"type": "qr"},
-                }
-            },
-            "qr",
-        ),
-        ({"iterate_averaging": {"type": "schedule_free"}}, "schedule_free"),
         ({"no_such_key": 1}, "no_such_key"),
+        ({"preconditioner": {"type": "no_such_type"}}, "no_such_type"),
+        ({"preconditioner": {"type": "root_inv", "no_such": 1}}, "no_such"),
+        ({"preconditioner": {"matrix_function": {"type": "nothing"}}}, "nothing"),
+        ({"iterate_averaging": {"type": "no_average"}}, "no_average"),
+        ({"grafting": {"type": "no_graft"}}, "no_graft"),
     ],
 )
-def test_what_is_not_built_is_named(change: dict, word: str) -> None:
+def test_what_is_outside_the_vocabulary_is_named(change: dict, word: str) -> None:
     with pytest.raises(NotImplementedError, match=word):
         build({"optimizer": {"lr": [0.1]} | change, "peak_lr": 0.1})
+
+
+@pytest.mark.parametrize("kind", ["eigenvalue_corrected", "root_inv"])
+def test_what_the_reference_refuses_is_refused(kind: str) -> None:
+    stability = {"type": "pseudo_inverse"}
+    function = {"type": "eigh_root", "rank_deficient_stability": stability}
+    given = {"preconditioner": {"type": kind, "matrix_function": function}}
+    with pytest.raises(ValueError, match="pseudo"):
+        build({"optimizer": {"lr": [0.1], "epsilon": 1e-3} | given, "peak_lr": 0.1})

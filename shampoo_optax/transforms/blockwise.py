@@ -13,6 +13,7 @@ from shampoo_optax.layout import placement
 from shampoo_optax.layout.block_layout import BlockLayout
 from shampoo_optax.layout.plan import Plan
 from shampoo_optax.layout.split import join, promoted, split
+from shampoo_optax.transforms import _since_init
 
 
 class BlockwiseState(NamedTuple):
@@ -35,7 +36,8 @@ def blockwise(
     stacks. So the program grows with the number of block shapes, not of parameters.
 
     Args:
-      inner: acts on stacks, for example :func:`kronecker`.
+      inner: acts on stacks, for example :func:`kronecker`. Its ``init`` is traced, as
+        under ``jax.jit``.
       layout: which blocks.
       rest: acts on the parameters that the layout does not block (scalars, vectors,
         empty arrays), in their own shapes; None passes them through.
@@ -57,14 +59,16 @@ def blockwise(
     outer = optax.with_extra_args_support(optax.identity() if rest is None else rest)
 
     def init_fn(params: optax.Params) -> BlockwiseState:
-        paths = jax.tree_util.tree_leaves_with_path(params)
-        for path, leaf in paths:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             _checks.leaf("blockwise.init", path, leaf)
-        if not paths:
+        return state_for(params)
+
+    def state_for(params: optax.Params) -> BlockwiseState:
+        tree = _Tree(params, layout)
+        if not tree.leaves:
             # optax.tree.map_params asks for the state of a tree without leaves, and
             # takes it for a prefix of the real one: an array stands for any stacks.
             return BlockwiseState(jnp.zeros([]), outer.init(params))
-        tree = _Tree(params, layout)
         dtypes = tree.stack_dtypes()
         stacks = {
             key: jnp.zeros(shape, dtypes[key])
@@ -81,6 +85,9 @@ def blockwise(
         **extra: Any,
     ) -> tuple[optax.Updates, BlockwiseState]:
         tree = _Tree(updates, layout)
+        # Nothing of init is kept in Python: what it would make now tells what changed.
+        wanted = jax.eval_shape(state_for, tree.abstract())
+        _since_init.check(state, wanted, tree.names, tree.plan)
         if not tree.leaves:
             return updates, state
         model = None if params is None else tree.sibling(params, "params")
@@ -91,7 +98,6 @@ def blockwise(
                 raw.stacks(),
                 raw.rest(),
             )
-        tree.check_state(state.blocks)
         stacks, blocks = inner.update(
             tree.stacks(),
             state.blocks,
@@ -119,6 +125,14 @@ class _Tree:
         self.layout = layout
         shapes = [tuple(jnp.shape(leaf)) for leaf in self.leaves]
         self.plan: Plan = layout.plan(self.names, shapes)
+
+    def abstract(self) -> Any:
+        """The tree's shapes and dtypes, which a state is made for."""
+        leaves = [
+            jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+            for leaf in self.leaves
+        ]
+        return jax.tree.unflatten(self.treedef, leaves)
 
     def stack_dtypes(self) -> dict[str, jnp.dtype]:
         """The dtype of each stack: promoted over its members."""
@@ -174,37 +188,3 @@ class _Tree:
                     f"and {its} in {what}; wanted one shape."
                 )
         return other
-
-    def check_state(self, blocks: Any) -> None:
-        """Raise where the stacks are not those that the state was made for."""
-        known = _stack_sizes(blocks)
-        for key, shape in self.plan.stacks.items():
-            if known and known.get(key) != shape[0]:
-                members = [
-                    self.names[i]
-                    for pool, box in self.plan.members
-                    for i in pool.leaves
-                    if box.key == key
-                ]
-                raise ValueError(
-                    f"blockwise.update: the state holds {known.get(key, 0)} blocks of "
-                    f"shape {key}, the updates have {shape[0]}, from parameters "
-                    f"{', '.join(map(repr, members))}. The parameters or the layout "
-                    "changed since init: call init again, or restore the old ones."
-                )
-
-
-def _stack_sizes(blocks: Any) -> dict[str, int]:
-    """Blocks per stack, as the inner state shows them in dicts keyed by shape."""
-    sizes: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(blocks):
-        for entry in path:
-            key = getattr(entry, "key", None)
-            if (
-                isinstance(key, str)
-                and jnp.ndim(leaf)
-                and key.replace("x", "").isdigit()
-            ):
-                sizes.setdefault(key, leaf.shape[0])
-                break
-    return sizes

@@ -65,7 +65,8 @@ def filter_gradient(
 
     def init_fn(params: optax.Params) -> FilterState:
         def zeros(p: Any) -> jax.Array:
-            return jnp.zeros(jnp.shape(p), mu_dtype or jnp.result_type(p))
+            # Like the parameter in sharding, too.
+            return jnp.zeros_like(p, mu_dtype or jnp.result_type(p))
 
         mu = jax.tree.map(zeros, params)
         return FilterState(jnp.zeros([], jnp.int32), mu, inner.init(params))

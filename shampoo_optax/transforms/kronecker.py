@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,17 +11,15 @@ import optax
 from jax.typing import ArrayLike
 
 from shampoo_optax import _checks
-from shampoo_optax.linalg import modes, roots
-from shampoo_optax.transforms._numbers import (
-    bias_correction as correction_of,
-)
-from shampoo_optax.transforms._numbers import block_norm, new_weight, scalar, wide
+from shampoo_optax.linalg import bases, modes, roots
+from shampoo_optax.transforms import factors as statistics
+from shampoo_optax.transforms.exponents import Exponents, ExponentTable
+from shampoo_optax.transforms.factors import Correction, Matrices, Stacks, Statistics
 from shampoo_optax.transforms.refresh import Refresh
 
-# {stack: {dimension: [n, d, d]}}; dimensions are strings so that a checkpoint can
-# name them.
-Matrices = dict[str, dict[str, jax.Array]]
-Exponents = Mapping[int, float | Mapping[int, float]]
+Refreshed = tuple[Matrices, dict[str, jax.Array], Matrices | None]
+Solved = tuple[jax.Array, jax.Array, jax.Array | None]  # root, accepted, basis
+Solver = Callable[[jax.Array, jax.Array | None, float], Solved]  # matrices, old basis
 
 
 class KroneckerState(NamedTuple):
@@ -31,6 +29,7 @@ class KroneckerState(NamedTuple):
     factors: Matrices  # sums or averages of Gram matrices
     roots: Matrices  # inverse roots of the factors, the identity at first
     failures: dict[str, jax.Array]  # [n], int32: refused refreshes in a row
+    bases: Matrices | None  # eigenvectors in columns, where roots are made of them
 
 
 def kronecker(
@@ -42,6 +41,10 @@ def kronecker(
     refresh: Refresh = Refresh(),
     exponents: Exponents | None = None,
     bias_correction: bool = True,
+    weighted: bool = True,
+    trace_scaling: float | None = None,
+    correction: Correction | None = None,
+    basis: bases.BasisMethod | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Precondition stacks of blocks by Kronecker factors: Shampoo's direction.
 
@@ -76,6 +79,16 @@ def kronecker(
         dimensions, or by dimension) in place of ``1 / (2 * order)``; 0 leaves a
         dimension without a factor.
       bias_correction: divide factors by ``1 - b2**t`` before a root.
+      weighted: give a new sample the weight ``1 - b2``; otherwise 1, and no bias
+        correction (Meta's ``drop_weighting_factor_on_gsquare``).
+      trace_scaling: an exponent in (0, 1]: multiply each factor by ``max(trace,
+        eps)`` to minus this power before a root; None for none.
+      correction: ``"kl"`` measures each dimension on the gradient preconditioned
+        along all others, divided by their size: KL-Shampoo, with exponent 1/2.
+        ``"kl_reference"`` is Meta's reading: no division, the usual exponents.
+      basis: where roots are made of a cached eigenbasis, how it is refreshed, for
+        example ``bases.QR()`` (Meta's eigendecomposed form); ``root`` is then an
+        :class:`roots.Eigh`, which says what the eigenvalues become.
 
     Returns:
       The transformation.
@@ -96,160 +109,125 @@ def kronecker(
     Source: Gupta, Koren and Singer, `Shampoo: Preconditioned Stochastic Tensor
     Optimization <https://arxiv.org/abs/1802.09568>`_, 2018, algorithm 2; Anil et al.,
     `Scalable Second Order Optimization for Deep Learning
-    <https://arxiv.org/abs/2002.09018>`_, 2020.
+    <https://arxiv.org/abs/2002.09018>`_, 2020; Lin et al., `Understanding and
+    Improving Shampoo and SOAP via Kullback-Leibler Minimization
+    <https://arxiv.org/abs/2509.03378>`_, 2025 (correction).
     """
-    _checks.numbers("kronecker", b2=b2, eps=eps, eps_rel=eps_rel)
-    powers = _Exponents(exponents or {})
+    call = "kronecker"
+    _checks.numbers(call, eps=eps, eps_rel=eps_rel)
+    measured = Statistics(b2, bias_correction, weighted, trace_scaling, correction)
+    measured.check(call)
+    solve = _solver(root, basis, eps, eps_rel)
+    # Each factor of KL-Shampoo is a covariance: its whitening has exponent 1/2.
+    table = ExponentTable(
+        call, exponents, lambda k: 0.5 if correction == "kl" else 1 / (2 * k)
+    )
 
-    def init_fn(stacks: dict[str, jax.Array]) -> KroneckerState:
-        _check_stacks(stacks)
-        factors: Matrices = {}
-        identities: Matrices = {}
+    def init_fn(stacks: Stacks) -> KroneckerState:
+        statistics.check_stacks(call, stacks)
+        dims = {}
         for key, stack in stacks.items():
-            dtype = wide(stack.dtype)
-            factors[key], identities[key] = {}, {}
-            for dim, power in powers.of(stack).items():
+            powers = table.of(stack)
+            dims[key] = list(powers)
+            for power in powers.values():
                 root.check(1.0 / power)
-                size = stack.shape[dim + 1]
-                shape = (stack.shape[0], size, size)
-                factors[key][str(dim)] = jnp.zeros(shape, dtype)
-                identity = jnp.broadcast_to(jnp.eye(size, dtype=dtype), shape)
-                identities[key][str(dim)] = jnp.array(identity)
         failures = {k: jnp.zeros(x.shape[0], jnp.int32) for k, x in stacks.items()}
-        return KroneckerState(jnp.zeros([], jnp.int32), factors, identities, failures)
+        return KroneckerState(
+            jnp.zeros([], jnp.int32),
+            statistics.zeros(stacks, dims),
+            statistics.identities(stacks, dims),
+            failures,
+            None if basis is None else statistics.identities(stacks, dims),
+        )
 
     def update_fn(
-        updates: dict[str, jax.Array],
+        updates: Stacks,
         state: KroneckerState,
         params: Any = None,
         *,
-        raw_gradient: dict[str, jax.Array] | None = None,
+        raw_gradient: Stacks | None = None,
         **extra: Any,
-    ) -> tuple[dict[str, jax.Array], KroneckerState]:
+    ) -> tuple[Stacks, KroneckerState]:
         del params, extra
         gradients = updates if raw_gradient is None else raw_gradient
         count = optax.safe_increment(state.count)
-        factors = {
-            key: _measure(gradients[key], old, b2) for key, old in state.factors.items()
-        }
+        factors = measured.measure(gradients, state.factors, state.roots)
 
-        def refreshed() -> tuple[Matrices, dict[str, jax.Array]]:
-            decay = b2 if bias_correction else 1.0
-            targets = _targets(factors, decay, count)
-            orders = {key: powers.of(stack) for key, stack in updates.items()}
-            return _refresh(targets, orders, state, root, eps, eps_rel)
+        def refreshed() -> Refreshed:
+            targets = measured.targets(factors, count, eps)
+            powers = {key: table.of(stack) for key, stack in updates.items()}
+            return _refresh(targets, powers, state, solve)
 
-        def kept() -> tuple[Matrices, dict[str, jax.Array]]:
-            return state.roots, state.failures
+        def kept() -> Refreshed:
+            return state.roots, state.failures, state.bases
 
-        new_roots, failures = jax.lax.cond(refresh.due(count), refreshed, kept)
-        updates = {key: _apply(x, new_roots[key]) for key, x in updates.items()}
-        return updates, KroneckerState(count, factors, new_roots, failures)
+        new = jax.lax.cond(refresh.due(count), refreshed, kept)
+        updates = {key: _apply(x, new[0][key]) for key, x in updates.items()}
+        return updates, KroneckerState(count, factors, *new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class _Exponents:
-    """Exponents of the roots of a stack, by dimension; none where it is 0."""
+def _solver(
+    root: roots.RootMethod,
+    basis: bases.BasisMethod | None,
+    eps: ArrayLike,
+    eps_rel: ArrayLike,
+) -> Solver:
+    """Roots of a batch, directly or from a cached basis."""
+    if basis is None:
 
-    def __init__(self, overrides: Exponents) -> None:
-        self._by_order = {
-            order: self._expand(order, x) for order, x in overrides.items()
-        }
+        def direct(batch: jax.Array, old: jax.Array | None, power: float) -> Solved:
+            del old
+            p = 1.0 / power
+            found = roots.inverse_root(root, batch, p, eps=eps, eps_rel=eps_rel)
+            return found.root, found.accepted, None
 
-    def of(self, stack: jax.Array) -> dict[int, float]:
-        order = stack.ndim - 1
-        default = 1.0 / (2 * order)
-        override = self._by_order.get(order, {})
-        powers = {dim: override.get(dim, default) for dim in range(order)}
-        return {dim: power for dim, power in powers.items() if power > 0}
-
-    @staticmethod
-    def _expand(order: int, value: float | Mapping[int, float]) -> dict[int, float]:
-        _checks.whole("kronecker", "exponents key", order, low=1, infinite=False)
-        by_dim = (
-            dict(value)
-            if isinstance(value, Mapping)
-            else dict.fromkeys(range(order), value)
-        )
-        for dim, power in by_dim.items():
-            if dim not in range(order):
-                raise ValueError(
-                    f"kronecker(exponents={{{order}: ...}}): a block of order {order} "
-                    f"has no dimension {dim!r}; wanted 0 to {order - 1}."
-                )
-            name = f"exponents[{order}][{dim}]"
-            _checks.number("kronecker", name, power, _checks.NON_NEGATIVE)
-        return by_dim
-
-
-def _check_stacks(stacks: Any) -> None:
-    if not hasattr(stacks, "items") or any(
-        getattr(stack, "ndim", 0) < 2 for stack in stacks.values()
-    ):
-        raise TypeError(
-            "kronecker(...).init takes stacks of blocks {'8x6': [n, 8, 6]}, not "
-            "parameters: wrap it, blockwise(kronecker(...), layout)."
+        return direct
+    if not isinstance(root, roots.Eigh):
+        raise ValueError(
+            f"kronecker(basis={basis!r}, root={root!r}): a root is made of a basis by "
+            "roots.Eigh(...) only, which says what the eigenvalues become."
         )
 
+    def cached(batch: jax.Array, old: jax.Array | None, power: float) -> Solved:
+        assert old is not None  # init made one, since there is a method
+        new = bases.new_basis(basis, batch, old, ridge=eps)
+        made = roots.from_basis(
+            root, new.vectors, new.values, 1.0 / power, eps=eps, eps_rel=eps_rel
+        )
+        return made, new.accepted, new.vectors
 
-def _measure(
-    gradients: jax.Array, factors: dict[str, jax.Array], b2: ArrayLike
-) -> dict[str, jax.Array]:
-    """One step of the moving averages of the Gram matrices of a stack."""
-    new = {}
-    # The sum of squares is the trace of every Gram matrix of a block: one pass over
-    # the gradient finds each NaN, Inf and overflow before it reaches a factor.
-    squares = block_norm(gradients, batch_axes=1).reshape(-1, 1, 1)
-    finite = jnp.isfinite(squares)
-    for dim, factor in factors.items():
-        dtype = factor.dtype
-        gram = modes.gram(gradients, int(dim), dtype)
-        decayed = scalar(b2, dtype) * factor + new_weight(b2, dtype) * gram
-        new[dim] = jnp.where(finite, decayed, factor)
-    return new
-
-
-def _targets(factors: Matrices, decay: ArrayLike, count: jax.Array) -> Matrices:
-    """The factors whose roots are wanted: without the bias of a short average."""
-
-    def corrected(factor: jax.Array) -> jax.Array:
-        return factor / correction_of(decay, count, factor.dtype)
-
-    return jax.tree.map(corrected, factors)
+    return cached
 
 
 def _refresh(
     targets: Matrices,
     powers: dict[str, dict[int, float]],
     state: KroneckerState,
-    root: roots.RootMethod,
-    eps: ArrayLike,
-    eps_rel: ArrayLike,
-) -> tuple[Matrices, dict[str, jax.Array]]:
+    solve: Solver,
+) -> Refreshed:
     """All roots anew, one batched call per size and exponent; the old where refused."""
-    groups: dict[tuple[int, float, Any], list[tuple[str, str]]] = {}
-    for key, by_dim in targets.items():
-        for dim, target in by_dim.items():
-            same = (target.shape[-1], powers[key][int(dim)], target.dtype)
-            groups.setdefault(same, []).append((key, dim))
     new: Matrices = {key: {} for key in targets}
+    cached: Matrices | None = None if state.bases is None else {k: {} for k in targets}
     refused = {key: jnp.zeros(n.shape, bool) for key, n in state.failures.items()}
-    for (_, power, _), members in groups.items():
-        batch = jnp.concatenate([targets[key][dim] for key, dim in members])
-        found = roots.inverse_root(root, batch, 1.0 / power, eps=eps, eps_rel=eps_rel)
+    for members in statistics.grouped(targets, powers):
+        power = powers[members[0][0]][int(members[0][1])]
+        batch = statistics.gathered(targets, members)
+        old = None if state.bases is None else statistics.gathered(state.bases, members)
+        root, accepted, vectors = solve(batch, old, power)
         first = 0
         for key, dim in members:
-            old = state.roots[key][dim]
-            here = slice(first, first + old.shape[0])
-            first += old.shape[0]
-            accepted = found.accepted[here]
-            new[key][dim] = jnp.where(accepted[:, None, None], found.root[here], old)
-            refused[key] |= ~accepted
-    failures = {
-        key: jnp.where(refused[key], n + 1, 0) for key, n in state.failures.items()
-    }
-    return new, failures
+            here = slice(first, first + targets[key][dim].shape[0])
+            first = here.stop
+            keep = ~accepted[here]
+            refused[key] |= keep
+            new[key][dim] = jnp.where(
+                keep[:, None, None], state.roots[key][dim], root[here]
+            )
+            if cached is not None and vectors is not None:
+                cached[key][dim] = vectors[here]
+    return new, statistics.count_failures(state.failures, refused), cached
 
 
 def _apply(updates: jax.Array, by_dim: dict[str, jax.Array]) -> jax.Array:

@@ -2,12 +2,17 @@
 
 import json
 import signal
+import sys
 from pathlib import Path
 
 import jax
+import nbformat
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from ipykernel.kernelspec import write_kernel_spec
+from jupyter_client.kernelspec import get_kernel_spec
+from nbclient import NotebookClient
 
 from examples import sweep_lm, train_digits, train_lm
 from examples.lm import data
@@ -193,13 +198,18 @@ def test_flags_are_refused_in_a_sentence(capsys):
 
 
 def test_the_notebook_runs(monkeypatch, tmp_path):
-    nbformat = pytest.importorskip("nbformat")
-    nbclient = pytest.importorskip("nbclient")
+    # Found before any kernel of this name that is installed: the one of this Python.
+    write_kernel_spec(tmp_path / "kernels" / "python3")
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    assert get_kernel_spec("python3").argv[0] == sys.executable
     notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert len(code) == 5
     assert not any(cell.outputs for cell in code), "commit it without outputs"
     where = {"metadata": {"path": str(ROOT)}}
-    nbclient.NotebookClient(notebook, timeout=120, resources=where).execute()
+    client = NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources=where
+    )
+    client.execute()
     assert "image/png" in code[-1].outputs[-1].data

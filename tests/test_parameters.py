@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import shampoo_optax as so
 from tests import helpers
@@ -66,6 +67,81 @@ def test_parameters_that_changed_since_init(
         update(now, state, now)
     for word in ["blockwise.update", "init", *words]:
         assert word in str(caught.value), str(caught.value)
+
+
+def test_all_parameters_gone_or_another_layout() -> None:
+    tx = so.shampoo(1e-3)
+    with pytest.raises(ValueError, match=r"blockwise\.update.*'blocks/mu/4x3'.*init"):
+        tx.update({}, tx.init(BEFORE), {})
+    cut = so.shampoo(1e-3, layout=so.BlockLayout(2))
+    with pytest.raises(ValueError, match=r"blockwise\.update.*'c' of shape.*layout"):
+        cut.update(BEFORE, tx.init(BEFORE), BEFORE)
+    bare = so.shampoo(1e-3)
+    with pytest.raises(
+        ValueError, match=r"blockwise\.update.*\(7,\).*init made \(3,\)"
+    ):
+        bare.update(jnp.ones(7), bare.init(jnp.ones(3)), jnp.ones(7))
+
+
+adam = optax.scale_by_adam()
+# Any transformation may be inside: (it, has it arrays like its parameters).
+INSIDE: dict[str, tuple[Any, bool]] = {
+    "stateless": (optax.scale(0.5), False),
+    "counter": (optax.scale_by_schedule(lambda count: 0.5), False),
+    "random": (optax.add_noise(0.1, 0.5, key=0), False),
+    "adam": (adam, True),
+    "chain": (optax.chain(optax.trace(0.9), optax.scale_by_rss()), True),
+    # Some of its arrays have the shape (1,), whatever the parameter.
+    "factored": (optax.scale_by_factored_rms(), True),
+    "masked": (optax.masked(adam, lambda p: jax.tree.map(lambda x: True, p)), True),
+    "injected": (optax.inject_hyperparams(optax.scale_by_rms)(decay=0.9), True),
+    "several_steps": (optax.MultiSteps(adam, 2).gradient_transformation(), True),
+}
+
+
+@pytest.mark.parametrize(("inner", "knows"), INSIDE.values(), ids=INSIDE)
+def test_any_transformation_inside(inner: Any, knows: bool) -> None:
+    tx = so.blockwise(inner, rest=inner)
+    state, update = tx.init(BEFORE), jax.jit(tx.update)
+    for _ in range(2):
+        updates, state = update(BEFORE, state, BEFORE)
+        assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, BEFORE)
+    for name in ("shape", "vector", "one_vector_less"):
+        now, words = CHANGED[name]
+        if not knows:
+            updates, _ = tx.update(now, state, now)
+            assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, now)
+            continue
+        with pytest.raises(ValueError) as caught:
+            tx.update(now, state, now)
+        for word in ["blockwise.update", "init", *words]:
+            assert word in str(caught.value), str(caught.value)
+
+
+def test_boxes_of_flax() -> None:
+    """NNX hands boxed leaves to init and bare ones to update."""
+    trees = []
+
+    def keep(tree: Any, *rest: Any) -> Any:
+        trees.append(
+            [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(tree)]
+        )
+        return (tree, *rest[:1]) if rest else optax.EmptyState()
+
+    seen = optax.GradientTransformation(keep, keep)
+    model = nnx.Sequential(
+        nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.LayerNorm(4, rngs=nnx.Rngs(1))
+    )
+    tx = optax.chain(seen, so.shampoo(1e-3))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    before = jax.tree.map(jnp.copy, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    for step in range(2):
+        gradient = helpers.gradients(nnx.state(model, nnx.Param), step)
+        optimizer.update(model, gradient)
+    assert trees[0] != trees[1] and len(trees[0]) == len(trees[1]) == 4
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert np.all(np.asarray(x) != np.asarray(y))
 
 
 @pytest.mark.parametrize(

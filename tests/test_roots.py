@@ -145,17 +145,35 @@ def test_rank_deficient_with_damping(name: str) -> None:
 
 
 def test_damping_is_the_larger_of_the_two() -> None:
+    """In the units of the prescaled matrix: both scale with it, one after the root."""
     for seed in range(5):
         matrix = _spd(8, 1e4, seed) * 3.0
         scaled = prescale(jnp.asarray(matrix))
         unit = 2.0 ** -float(scaled.exponent)
         largest = np.linalg.eigvalsh(matrix.astype(np.float64))[-1]
-        estimate = float(largest_eigenvalue(jnp.asarray(matrix)))
-        assert 0.9 * largest <= estimate <= (1 + 1e-6) * largest
-        relative = float(damping(scaled, eps=1e-9, eps_rel=0.1))
-        np.testing.assert_allclose(relative, 0.1 * estimate * unit, rtol=1e-5)
-        absolute = float(damping(scaled, eps=2.0, eps_rel=0.1))
-        np.testing.assert_allclose(absolute, 2.0 * unit, rtol=1e-6)
+        estimate = largest_eigenvalue(scaled.matrix)
+        found = float(estimate) / unit
+        assert 0.9 * largest <= found <= (1 + 1e-6) * largest
+        for eps, wanted in [(1e-9, 0.1 * found), (2.0, 2.0)]:
+            absolute = unscale(jnp.float32(eps), -scaled.exponent)
+            ridge = Damping(absolute, jnp.float32(0.1)).ridge(estimate)
+            np.testing.assert_allclose(float(ridge), wanted * unit, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_damps_by_the_larger_of_the_two(name: str) -> None:
+    """The ridge, read back from the root: ``X**-1 - A`` is ``delta I``."""
+    for seed in range(3):
+        matrix = _spd(8, 1e4, seed) * 3.0
+        largest = np.linalg.eigvalsh(matrix.astype(np.float64))[-1]
+        # By the eigenvalue itself, or by an estimate that may be a tenth too low.
+        lowest = (1.0 if "eigh" in name else 0.9) * largest
+        for eps, low, high in [(1e-9, 0.1 * lowest, 0.1 * largest), (2.0, 2.0, 2.0)]:
+            found = _solve(METHODS[name], matrix, 1, eps=eps, eps_rel=0.1)
+            ridge = _power(found.root, -1.0) - matrix.astype(np.float64)
+            delta = np.diag(ridge)
+            assert (1 - 1e-3) * low <= delta.min() <= delta.max() <= (1 + 1e-3) * high
+            assert np.abs(ridge - np.diag(delta)).max() <= 1e-3 * low
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -218,7 +236,7 @@ def test_a_stack_gives_what_its_matrices_give(name: str) -> None:
     """Also beside neighbours that are not finite, zero, or converge later."""
     stack = [_spd(4, 10.0**k, k) * np.float32(10.0**k) for k in range(5)]
     stack += [np.zeros((4, 4), np.float32), np.full((4, 4), np.nan, np.float32)]
-    stack.append(np.eye(4, dtype=np.float32) * np.float32(np.inf))
+    stack.append(np.diag(np.full(4, np.inf, np.float32)))
     together = _solve(METHODS[name], np.stack(stack), 4, eps=1e-30, eps_rel=1e-6)
     assert together.accepted.tolist() == [True] * 5 + [False] * 3
     for i in range(5):

@@ -45,6 +45,9 @@ OPTIMIZERS = {
         grafting=None,
     ),
 }
+# A matrix, a kernel that folds to the same one, a vector and a scalar: few shapes,
+# because eager mode compiles every primitive for each of them, under each flag.
+SHAPES = {"kernel": (6, 4), "conv": (3, 2, 2, 2), "bias": (5,), "scale": ()}
 # The whole alias: optax's own weight decay and learning rate take part, which do
 # not promise strict promotion.
 ALIAS = {"alias": lambda: so.shampoo(1e-2, refresh=REFRESH, momentum=0.9)}
@@ -62,6 +65,11 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
+def _parameters(dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+    like = {name: jnp.zeros(shape, dtype) for name, shape in SHAPES.items()}
+    return helpers.gradients(like, step=10_000)
+
+
 @contextlib.contextmanager
 def _set(flags: dict[str, Any]) -> Iterator[None]:
     before = {name: getattr(jax.config, name) for name in flags}
@@ -75,7 +83,7 @@ def _set(flags: dict[str, Any]) -> Iterator[None]:
 
 
 def _check(tx: optax.GradientTransformation, dtype: Any, *, jit: bool) -> None:
-    params = helpers.parameters(dtype)
+    params = _parameters(dtype)
     state = tx.init(params)
     update = jax.jit(tx.update) if jit else tx.update
     for step in range(3):
@@ -114,7 +122,7 @@ def test_alias(flags: str) -> None:
 def test_no_transfer(name: str) -> None:
     """A step, with its arguments in place, moves nothing between host and device."""
     tx = (OPTIMIZERS | ALIAS)[name]()
-    params = helpers.parameters()
+    params = _parameters()
     grads = [helpers.gradients(params, step) for step in range(4)]
     state, update = tx.init(params), jax.jit(tx.update)
     # The first call compiles, and may place constants of the program.

@@ -1,0 +1,146 @@
+"""Roots by eigendecomposition."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from shampoo_optax.linalg.method import Solution
+from shampoo_optax.linalg.modes import PRECISION
+from shampoo_optax.linalg.per_matrix import per_matrix_on_cpu
+from shampoo_optax.linalg.scaling import Damping
+
+
+@dataclass(frozen=True)
+class PseudoInverse:
+    """Give eigenvalues up to ``max(rank_rtol * lambda_max, rank_atol)`` the value 0.
+
+    Args:
+      rank_rtol: relative cut-off; None means ``d * finfo(dtype).eps``.
+      rank_atol: absolute cut-off, in the units of the matrices.
+    """
+
+    rank_rtol: float | None = 0.0
+    rank_atol: float = 0.0
+
+
+@dataclass(frozen=True)
+class Eigh:
+    """Roots by eigendecomposition: exact, any real ``p``; the default.
+
+    Equals ``V diag((max(w, 0) + delta)^(-1/p)) V^T``.
+
+    Args:
+      double_precision: decompose in float64, also where jax_enable_x64 is off. In
+        float32 LAPACK's eigenvalues are wrong by 1e-7 of the largest, which is a
+        relative error of 2e-2 in the root at ``eps_rel = 1e-6``.
+      shift: where an eigenvalue is negative, shift the whole spectrum up by it
+        (Meta's rule) in place of clipping it.
+      pseudo_inverse: drop small eigenvalues and add no damping.
+    """
+
+    double_precision: bool = True
+    shift: bool = False
+    pseudo_inverse: PseudoInverse | None = None
+    max_residual: float = math.inf
+
+    def check(self, p: float) -> None:
+        """Every positive root works."""
+
+    def solve(
+        self, matrices: jax.Array, damping: Damping, p: float, *, unit: jax.Array
+    ) -> Solution:
+        """See :class:`RootMethod`."""
+        exact = jnp.zeros_like(unit)
+        if not self.double_precision:
+            return Solution(self._roots(matrices, damping, p, unit), exact)
+        with jax.enable_x64(True):
+            wide = matrices.astype(jnp.float64)
+            root = self._roots(wide, damping, p, unit).astype(matrices.dtype)
+        return Solution(root, exact)
+
+    def _roots(
+        self, matrices: jax.Array, damping: Damping, p: float, unit: jax.Array
+    ) -> jax.Array:
+        def root(a: jax.Array, absolute: jax.Array, u: jax.Array) -> jax.Array:
+            return self._root(a, damping._replace(absolute=absolute), p, u)
+
+        flat = matrices.reshape(-1, *matrices.shape[-2:])
+        numbers = damping.absolute.reshape(-1), unit.reshape(-1)
+        return per_matrix_on_cpu(root, flat, *numbers).reshape(matrices.shape)
+
+    def _root(
+        self,
+        matrices: jax.Array,
+        damping: Damping,
+        p: float,
+        unit: jax.Array,
+    ) -> jax.Array:
+        w, v = jnp.linalg.eigh(matrices, symmetrize_input=False)
+        return rebuilt(v, self.powers(w, damping, p, unit))
+
+    def powers(
+        self, w: jax.Array, damping: Damping, p: float, unit: jax.Array
+    ) -> jax.Array:
+        """What the eigenvalues ``w [..., d]``, in ascending order or not, become."""
+        tiny = jnp.finfo(w.dtype).tiny
+        lowest = jnp.minimum(jnp.min(w, axis=-1, keepdims=True), 0.0)
+        largest = jnp.maximum(jnp.max(w, axis=-1, keepdims=True), 0.0)
+        if self.pseudo_inverse is None:
+            w = w - lowest if self.shift else jnp.maximum(w, 0.0)
+            delta = damping.ridge(largest[..., 0])[..., None]
+            return jnp.maximum(w + delta, tiny) ** (-1.0 / p)
+        rtol = self.pseudo_inverse.rank_rtol
+        if rtol is None:
+            rtol = w.shape[-1] * float(jnp.finfo(unit.dtype).eps)
+        atol = self.pseudo_inverse.rank_atol * unit[..., None].astype(w.dtype)
+        keep = w > jnp.maximum(rtol * largest, atol)
+        return jnp.where(keep, jnp.maximum(w, tiny) ** (-1.0 / p), 0.0)
+
+
+def from_basis(
+    method: Eigh,
+    vectors: jax.Array,
+    values: jax.Array,
+    p: float,
+    *,
+    eps: ArrayLike = 0.0,
+    eps_rel: ArrayLike = 1e-6,
+) -> jax.Array:
+    """The root that :class:`Eigh` makes of a basis and its values, exact or not.
+
+    Args:
+      method: says what values become.
+      vectors: ``[..., d, d]``, directions in columns.
+      values: ``[..., d]``, what the matrix has of each.
+      p: the root, static.
+      eps: absolute damping, in the units of ``values``.
+      eps_rel: damping relative to the largest value.
+
+    Returns:
+      ``[..., d, d]``.
+
+    Example:
+      >>> from_basis(Eigh(), jnp.eye(2), jnp.array([4.0, 16.0]), 2, eps_rel=0.0)
+      Array([[0.5 , 0.  ],
+             [0.  , 0.25]], dtype=float32)
+    """
+    absolute = jnp.broadcast_to(jnp.asarray(eps, values.dtype), values.shape[:-1])
+    damping = Damping(absolute, jnp.asarray(eps_rel, values.dtype))
+    unit = jnp.ones_like(absolute)
+    return rebuilt(vectors, method.powers(values, damping, p, unit))
+
+
+def rebuilt(vectors: jax.Array, powers: jax.Array) -> jax.Array:
+    """``V diag(powers) V^T``.
+
+    Example:
+      >>> rebuilt(jnp.eye(2), jnp.array([1.0, 2.0])).trace()
+      Array(3., dtype=float32)
+    """
+    transposed = jnp.swapaxes(vectors, -2, -1)
+    return jnp.matmul(vectors * powers[..., None, :], transposed, precision=PRECISION)

@@ -1,0 +1,198 @@
+"""SOAP's direction: Adam in the eigenbases of Shampoo's factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from shampoo_optax import _checks
+from shampoo_optax.linalg import bases, modes
+from shampoo_optax.transforms import factors as statistics
+from shampoo_optax.transforms._numbers import wide
+from shampoo_optax.transforms.factors import Matrices, Stacks, Statistics
+from shampoo_optax.transforms.moment import Moment, NullSpace
+from shampoo_optax.transforms.refresh import Refresh
+
+
+class EigenbasisState(NamedTuple):
+    """State of :func:`eigenbasis`."""
+
+    count: jax.Array  # type: ignore[assignment]  # [], int32: steps taken
+    factors: Matrices  # sums or averages of Gram matrices
+    bases: Matrices  # eigenvectors of the factors in columns, the identity at first
+    null: Matrices  # {stack: {dimension: [n, d]}}, bool: columns of the null space
+    nu: Stacks  # second moments in the basis, float32 at least
+    failures: dict[str, jax.Array]  # [n], int32: refused refreshes in a row
+
+
+def eigenbasis(
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    *,
+    basis: bases.BasisMethod = bases.Eigh(),
+    refresh: Refresh = Refresh(),
+    exponents: Mapping[int, float] | None = None,
+    ignored_dims: Mapping[int, Sequence[int]] | None = None,
+    bias_correction: bool = True,
+    weighted: bool = True,
+    null_space: NullSpace = "share",
+    ridge: ArrayLike = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam's second moment in the eigenbases of the Kronecker factors: SOAP.
+
+    For a block :math:`G` with bases :math:`Q_i` (the identity before the first
+    refresh), equals
+
+    .. math::
+        A_i &\leftarrow b_2 A_i + (1 - b_2)\, G_{(i)} G_{(i)}^T, \quad
+        Q_i \leftarrow \text{eigenvectors}(A_i) \quad \text{(when due)} \\
+        \nu &\leftarrow b_2 \nu + (1 - b_2)\, (G \times_i Q_i^T)^2 \\
+        u &\leftarrow \left( (F \times_i Q_i^T) / ((\nu / (1 - b_2^t))^{1/2} +
+        \text{eps}) \right) \times_i Q_i
+
+    where :math:`F` is the incoming update. The second moment moves at every step, in
+    the basis of that step. In the identity basis it is Adam. Linear in ``updates``,
+    and descends. Statistics are measured on ``raw_gradient`` (on ``updates`` where it
+    is None).
+
+    A factor of a few gradients has a null space, in which no basis is better than
+    another and rounding chooses. By default its directions share one second moment
+    (its mean over them), which makes the update the same for every choice.
+
+    Acts on stacks: use it inside :func:`blockwise`.
+
+    Args:
+      b2: decay of the factors and of the second moment; 1 sums them.
+      eps: added to the root of the second moment, in units of the gradient.
+      basis: how eigenbases are computed, for example ``bases.QR()``.
+      refresh: when.
+      exponents: by the order of a block, the power of ``nu`` in place of 1/2.
+      ignored_dims: by the order of a block, dimensions that keep the identity and
+        have no factor.
+      bias_correction: of the factors and of the second moment.
+      weighted: give a new sample the weight ``1 - b2``; otherwise 1, and no bias
+        correction (Meta's ``drop_weighting_factor_on_gsquare``).
+      null_space: ``"share"`` as above; ``"drop"`` gives updates nothing there (the
+        pseudo-inverse); ``"plain"`` as the reference system, at rounding's mercy.
+      ridge: added to a factor's diagonal before its basis is computed, in units of
+        squared gradients. Only :class:`bases.QR` sees it: Meta's ``epsilon``.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      ValueError, TypeError: an argument is out of range (at construction), or the
+        updates are not stacks (at init).
+
+    Example:
+      >>> tx = blockwise(eigenbasis(refresh=Refresh(1)))
+      >>> params = {"w": jnp.array([[3.0, 0.0], [0.0, 0.1]])}
+      >>> updates, _ = tx.update(params, tx.init(params))
+      >>> updates["w"].round(3)
+      Array([[1., 0.],
+             [0., 1.]], dtype=float32)
+
+    Source: Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024, algorithm 3;
+    Eschenhagen et al., `Purifying Shampoo <https://arxiv.org/abs/2506.03595>`_, 2025.
+    """
+    call = "eigenbasis"
+    _checks.numbers(call, b2=b2, eps=eps)
+    _checks.number(call, "ridge", ridge, _checks.NON_NEGATIVE)
+    moment = Moment(b2, eps, bias_correction, weighted, exponents or {}, null_space)
+    moment.check(call)
+    ignored = {
+        order: _dims(call, order, d) for order, d in (ignored_dims or {}).items()
+    }
+    measured = Statistics(b2, bias_correction, weighted)
+
+    def init_fn(stacks: Stacks) -> EigenbasisState:
+        statistics.check_stacks(call, stacks)
+        dims = {
+            key: [d for d in range(x.ndim - 1) if d not in ignored.get(x.ndim - 1, ())]
+            for key, x in stacks.items()
+        }
+        factors = statistics.zeros(stacks, dims)
+        return EigenbasisState(
+            jnp.zeros([], jnp.int32),
+            factors,
+            statistics.identities(stacks, dims),
+            jax.tree.map(lambda a: jnp.zeros(a.shape[:2], bool), factors),
+            {k: jnp.zeros(x.shape, wide(x.dtype)) for k, x in stacks.items()},
+            {k: jnp.zeros(x.shape[0], jnp.int32) for k, x in stacks.items()},
+        )
+
+    def update_fn(
+        updates: Stacks,
+        state: EigenbasisState,
+        params: Any = None,
+        *,
+        raw_gradient: Stacks | None = None,
+        **extra: Any,
+    ) -> tuple[Stacks, EigenbasisState]:
+        del params, extra
+        gradients = updates if raw_gradient is None else raw_gradient
+        count = optax.safe_increment(state.count)
+        factors = measured.measure(gradients, state.factors, state.bases)
+
+        def refreshed() -> tuple[Matrices, Matrices, dict[str, jax.Array]]:
+            return _refresh(measured.targets(factors, count, eps), state, basis, ridge)
+
+        def kept() -> tuple[Matrices, Matrices, dict[str, jax.Array]]:
+            return state.bases, state.null, state.failures
+
+        q, null, failures = jax.lax.cond(refresh.due(count), refreshed, kept)
+        new_nu, new_updates = {}, {}
+        for key, update in updates.items():
+            dtype = state.nu[key].dtype
+            into = {int(d): jnp.swapaxes(m, -2, -1) for d, m in q[key].items()}
+            out_of = {int(d): m for d, m in q[key].items()}
+            seen = modes.mode_products(gradients[key].astype(dtype), into)
+            new_nu[key] = moment.accumulate(seen, state.nu[key], null[key])
+            turned = modes.mode_products(update.astype(dtype), into)
+            turned = moment.divide(turned, new_nu[key], null[key], count)
+            back = modes.mode_products(turned, out_of)
+            new_updates[key] = back.astype(update.dtype)
+        return new_updates, EigenbasisState(count, factors, q, null, new_nu, failures)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _dims(call: str, order: int, dims: Sequence[int]) -> tuple[int, ...]:
+    if len(set(dims)) < len(dims) or any(d not in range(order) for d in dims):
+        raise ValueError(
+            f"{call}(ignored_dims={{{order}: {list(dims)!r}}}): wanted different "
+            f"dimensions of a block of order {order}, 0 to {order - 1}."
+        )
+    return tuple(dims)
+
+
+def _refresh(
+    targets: Matrices,
+    state: EigenbasisState,
+    basis: bases.BasisMethod,
+    ridge: ArrayLike,
+) -> tuple[Matrices, Matrices, dict[str, jax.Array]]:
+    """All bases anew, one batched call per size; the old ones where refused."""
+    vectors: Matrices = {key: {} for key in targets}
+    null: Matrices = {key: {} for key in targets}
+    refused = {key: jnp.zeros(n.shape, bool) for key, n in state.failures.items()}
+    for members in statistics.grouped(targets):
+        batch = statistics.gathered(targets, members)
+        old = statistics.gathered(state.bases, members)
+        found = bases.new_basis(basis, batch, old, ridge=ridge)
+        first = 0
+        for key, dim in members:
+            last = first + targets[key][dim].shape[0]
+            accepted = found.accepted[first:last]
+            vectors[key][dim] = found.vectors[first:last]
+            null[key][dim] = jnp.where(
+                accepted[:, None], found.null[first:last], state.null[key][dim]
+            )
+            refused[key] |= ~accepted
+            first = last
+    return vectors, null, statistics.count_failures(state.failures, refused)

@@ -1,0 +1,180 @@
+"""Kronecker factors of stacks: how they are measured, and what is taken from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from shampoo_optax import _checks
+from shampoo_optax.linalg import modes
+from shampoo_optax.transforms._numbers import bias_correction as correction_of
+from shampoo_optax.transforms._numbers import block_norm, new_weight, scalar, wide
+
+Stacks = dict[str, jax.Array]
+# {stack: {dimension: [n, d, d]}}; dimensions are strings so that a checkpoint can
+# name them.
+Matrices = dict[str, dict[str, jax.Array]]
+Correction = Literal["kl", "kl_reference"]
+CORRECTIONS = ("kl", "kl_reference")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How factors are averaged, and how a target is made of them; see kronecker."""
+
+    b2: ArrayLike
+    bias_correction: bool = True
+    weighted: bool = True
+    trace_scaling: float | None = None
+    correction: Correction | None = None
+
+    def check(self, call: str) -> None:
+        """Raise where an option is out of range."""
+        _checks.numbers(call, b2=self.b2)
+        if self.correction is not None:
+            _checks.choice(call, "correction", self.correction, CORRECTIONS)
+        if self.trace_scaling is not None:
+            within = _checks.Range(0.0, 1.0, open_low=True)
+            _checks.number(call, "trace_scaling", self.trace_scaling, within)
+
+    def measure(
+        self, gradients: Stacks, factors: Matrices, roots: Matrices
+    ) -> Matrices:
+        """One step of the moving averages of the Gram matrices.
+
+        Args:
+          gradients: raw gradients.
+          factors: the averages so far.
+          roots: the inverse roots in use; only a correction looks at them.
+
+        Returns:
+          The new averages; those of a block whose gradient is not finite stay.
+        """
+        return {
+            key: self._measure(gradients[key], old, roots[key])
+            for key, old in factors.items()
+        }
+
+    def _measure(
+        self,
+        gradients: jax.Array,
+        factors: dict[str, jax.Array],
+        roots: dict[str, jax.Array],
+    ) -> dict[str, jax.Array]:
+        new = {}
+        # The sum of squares is the trace of every Gram matrix of a block: one pass
+        # over the gradient finds each NaN, Inf and overflow before it reaches a factor.
+        squares = block_norm(gradients, batch_axes=1).reshape(-1, 1, 1)
+        finite = jnp.isfinite(squares)
+        for dim, factor in factors.items():
+            dtype = factor.dtype
+            seen = self._seen(gradients, dim, roots)
+            gram = modes.gram(seen, int(dim), dtype)
+            if self.correction == "kl":
+                gram = gram / (math.prod(gradients.shape[1:]) / factor.shape[-1])
+            weight = new_weight(self.b2 if self.weighted else 1.0, dtype)
+            decayed = scalar(self.b2, dtype) * factor + weight * gram
+            new[dim] = jnp.where(finite, decayed, factor)
+        return new
+
+    def _seen(
+        self, gradients: jax.Array, dim: str, roots: dict[str, jax.Array]
+    ) -> jax.Array:
+        """The gradient as one dimension sees it: KL looks through the other roots."""
+        others = {int(other): root for other, root in roots.items() if other != dim}
+        if self.correction is None or not others:
+            return gradients
+        dtype = next(iter(others.values())).dtype
+        return modes.mode_products(gradients.astype(dtype), others)
+
+    def targets(self, factors: Matrices, count: jax.Array, eps: ArrayLike) -> Matrices:
+        """The matrices whose roots or bases are wanted, at step ``count``."""
+
+        def target(factor: jax.Array) -> jax.Array:
+            dtype = factor.dtype
+            if self.bias_correction and self.weighted:
+                factor = factor / correction_of(self.b2, count, dtype)
+            if self.trace_scaling is not None:
+                trace = jnp.trace(factor, axis1=-2, axis2=-1)
+                scale = jnp.maximum(trace, scalar(eps, dtype)) ** -self.trace_scaling
+                factor = factor * scale[:, None, None]
+            return factor
+
+        return jax.tree.map(target, factors)
+
+
+def zeros(stacks: Stacks, dims: dict[str, list[int]]) -> Matrices:
+    """Factors before the first step: zero, in float32 at least."""
+    return {
+        key: {
+            str(dim): jnp.zeros(_shape(stacks[key], dim), wide(stacks[key].dtype))
+            for dim in of
+        }
+        for key, of in dims.items()
+    }
+
+
+def identities(stacks: Stacks, dims: dict[str, list[int]]) -> Matrices:
+    """Roots or bases before the first refresh: the identity."""
+
+    def identity(stack: jax.Array, dim: int) -> jax.Array:
+        shape = _shape(stack, dim)
+        eye = jnp.eye(shape[-1], dtype=wide(stack.dtype))
+        return jnp.array(jnp.broadcast_to(eye, shape))
+
+    return {
+        key: {str(dim): identity(stacks[key], dim) for dim in of}
+        for key, of in dims.items()
+    }
+
+
+def _shape(stack: jax.Array, dim: int) -> tuple[int, int, int]:
+    return stack.shape[0], stack.shape[dim + 1], stack.shape[dim + 1]
+
+
+def check_stacks(call: str, stacks: Any, *, order: int | None = None) -> None:
+    """Raise where init was called on parameters in place of stacks of blocks."""
+    if not hasattr(stacks, "items") or any(
+        getattr(stack, "ndim", 0) < 2 for stack in stacks.values()
+    ):
+        raise TypeError(
+            f"{call}(...).init takes stacks of blocks {{'8x6': [n, 8, 6]}}, not "
+            f"parameters: wrap it, blockwise({call}(...), layout)."
+        )
+    for key, stack in stacks.items():
+        if order is not None and stack.ndim != order + 1:
+            raise ValueError(
+                f"{call}(...).init: a block of shape {key} has {stack.ndim - 1} "
+                f"dimensions; wanted {order}. Fold parameters into matrices with "
+                "BlockLayout(), and leave vectors to the rest."
+            )
+
+
+def count_failures(
+    failures: dict[str, jax.Array], refused: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Refused refreshes in a row, block by block."""
+    return {key: jnp.where(refused[key], n + 1, 0) for key, n in failures.items()}
+
+
+def grouped(
+    targets: Matrices, static: dict[str, dict[int, Any]] | None = None
+) -> list[list[tuple[str, str]]]:
+    """Members of one size, dtype and static value: one batched call for each group."""
+    groups: dict[Any, list[tuple[str, str]]] = {}
+    for key, by_dim in targets.items():
+        for dim, target in by_dim.items():
+            value = None if static is None else static[key][int(dim)]
+            same = (target.shape[-1], target.dtype, value)
+            groups.setdefault(same, []).append((key, dim))
+    return list(groups.values())
+
+
+def gathered(matrices: Matrices, members: list[tuple[str, str]]) -> jax.Array:
+    """The matrices of a group as one batch."""
+    return jnp.concatenate([matrices[key][dim] for key, dim in members])
