@@ -2,12 +2,19 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from shampoo_optax.alias import kl_shampoo as kl_shampoo
 from shampoo_optax.alias import shampoo as shampoo
+from shampoo_optax.family import soap as soap
+from shampoo_optax.family import spectral_descent as spectral_descent
 from shampoo_optax.layout.block_layout import BlockLayout as BlockLayout
 from shampoo_optax.linalg import bases as bases
 from shampoo_optax.linalg import orthogonal as orthogonal
 from shampoo_optax.linalg import roots as roots
 from shampoo_optax.scale_by import scale_by_shampoo as scale_by_shampoo
+from shampoo_optax.scale_by import scale_by_soap as scale_by_soap
+from shampoo_optax.scale_by import (
+    scale_by_spectral_descent as scale_by_spectral_descent,
+)
 from shampoo_optax.transforms import grafting as grafting
 from shampoo_optax.transforms.averaging import AveragingState as AveragingState
 from shampoo_optax.transforms.averaging import eval_params as eval_params

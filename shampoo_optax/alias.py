@@ -8,13 +8,17 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from shampoo_optax import _checks
+from shampoo_optax._chain import Decay, chained
 from shampoo_optax.layout.block_layout import BlockLayout
 from shampoo_optax.linalg import roots
-from shampoo_optax.scale_by import scale_by_shampoo
+from shampoo_optax.scale_by import (
+    scale_by_shampoo,
+)
 from shampoo_optax.transforms import grafting as magnitudes
 from shampoo_optax.transforms.exponents import Exponents
+from shampoo_optax.transforms.factors import Correction
 from shampoo_optax.transforms.refresh import Refresh
-from shampoo_optax.transforms.weight_decay import KINDS, Kind, add_weight_decay
+from shampoo_optax.transforms.weight_decay import Kind
 
 
 def shampoo(
@@ -32,6 +36,7 @@ def shampoo(
     root: roots.RootMethod = roots.Eigh(),
     grafting: optax.GradientTransformation | None = magnitudes.adam(),
     exponents: Exponents | None = None,
+    correction: Correction | None = None,
     bias_correction: bool = True,
     mu_dtype: DTypeLike | None = None,
     weight_decay_type: Kind = "decoupled",
@@ -62,6 +67,7 @@ def shampoo(
       grafting: the magnitude rule, for example ``grafting.adam(b2, eps)``; None uses
         Shampoo's own magnitude.
       exponents: overrides of the roots' exponents, see :func:`kronecker`.
+      correction: ``"kl"`` for KL-Shampoo, see :func:`kronecker`.
       bias_correction: of the average and of the factors.
       mu_dtype: of the stored average; None means the parameters' dtype.
       weight_decay_type: ``"l2"``, ``"decoupled"``, ``"corrected"`` or
@@ -107,34 +113,96 @@ def shampoo(
         momentum=momentum,
         dampening=dampening,
     )
-    _checks.choice("shampoo", "weight_decay_type", weight_decay_type, KINDS)
-    parts: list[optax.GradientTransformation] = [
-        scale_by_shampoo(
-            b1,
-            b2,
-            eps,
-            eps_rel,
-            b3=b3,
-            layout=layout,
-            refresh=refresh,
-            root=root,
-            grafting=grafting,
-            exponents=exponents,
-            bias_correction=bias_correction,
-            mu_dtype=mu_dtype,
-        )
-    ]
-    if weight_decay is not None:
-        decay = add_weight_decay(
-            weight_decay,
-            learning_rate,
-            kind=weight_decay_type,
-            peak_learning_rate=peak_learning_rate,
-            mask=mask,
-        )
-        parts.insert(0 if weight_decay_type == "l2" else 1, decay)
+    decay = Decay(weight_decay, weight_decay_type, peak_learning_rate, mask)
+    scaled = scale_by_shampoo(
+        b1,
+        b2,
+        eps,
+        eps_rel,
+        b3=b3,
+        layout=layout,
+        refresh=refresh,
+        root=root,
+        grafting=grafting,
+        exponents=exponents,
+        correction=correction,
+        bias_correction=bias_correction,
+        mu_dtype=mu_dtype,
+    )
+    after: list[optax.GradientTransformation] = []
     if momentum is not None:
-        parts.append(optax.scale(1.0 - dampening))
-        parts.append(optax.trace(momentum, nesterov))
-    parts.append(optax.scale_by_learning_rate(learning_rate))
-    return optax.with_extra_args_support(optax.chain(*parts))
+        after = [optax.scale(1.0 - dampening), optax.trace(momentum, nesterov)]
+    return chained("shampoo", scaled, learning_rate, decay, after)
+
+
+def kl_shampoo(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike | None = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-30,
+    eps_rel: ArrayLike = 1e-6,
+    weight_decay: ArrayLike | None = 1e-4,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    *,
+    b3: ArrayLike | None = None,
+    layout: BlockLayout = BlockLayout(),
+    refresh: Refresh = Refresh(),
+    root: roots.RootMethod = roots.Eigh(),
+    grafting: optax.GradientTransformation | None = magnitudes.adam(),
+    mu_dtype: DTypeLike | None = None,
+    weight_decay_type: Kind = "decoupled",
+    peak_learning_rate: ArrayLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """KL-Shampoo: each factor is measured through the others.
+
+    Equals ``shampoo(..., correction="kl")``: factors that fit the gradient's
+    covariance best as a Kronecker product, with exponent 1/2 each.
+
+    Args:
+      learning_rate: a number or a schedule, in AdamW's unit.
+      b1: see :func:`shampoo`, as all that follow.
+      b2: decay of the factors.
+      eps: absolute damping.
+      eps_rel: relative damping.
+      weight_decay: coefficient; None for none.
+      mask: which parameters decay.
+      b3: decay of the average used in this step only.
+      layout: which blocks.
+      refresh: when roots are computed anew.
+      root: how they are computed.
+      grafting: the magnitude rule; None uses KL-Shampoo's own magnitude.
+      mu_dtype: of the stored average.
+      weight_decay_type: see :func:`add_weight_decay`.
+      peak_learning_rate: see :func:`add_weight_decay`.
+
+    Returns:
+      The optimizer.
+
+    Raises:
+      ValueError, TypeError: see :func:`shampoo`.
+
+    Example:
+      >>> tx = kl_shampoo(1e-3, refresh=Refresh(5))
+      >>> state = tx.init({"kernel": jnp.ones((4, 3))})
+
+    Source: Lin et al., `Understanding and Improving Shampoo and SOAP via
+    Kullback-Leibler Minimization <https://arxiv.org/abs/2509.03378>`_, 2025.
+    """
+    return shampoo(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        eps_rel,
+        weight_decay,
+        mask,
+        b3=b3,
+        layout=layout,
+        refresh=refresh,
+        root=root,
+        grafting=grafting,
+        correction="kl",
+        mu_dtype=mu_dtype,
+        weight_decay_type=weight_decay_type,
+        peak_learning_rate=peak_learning_rate,
+    )

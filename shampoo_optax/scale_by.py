@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from shampoo_optax.layout.block_layout import BlockLayout
-from shampoo_optax.linalg import roots
+from shampoo_optax.linalg import bases, orthogonal, roots
 from shampoo_optax.transforms import grafting as magnitudes
 from shampoo_optax.transforms.blockwise import blockwise
+from shampoo_optax.transforms.eigenbasis import eigenbasis
 from shampoo_optax.transforms.exponents import Exponents
+from shampoo_optax.transforms.factors import Correction
 from shampoo_optax.transforms.filtering import filter_gradient
 from shampoo_optax.transforms.graft import graft
 from shampoo_optax.transforms.kronecker import kronecker
+from shampoo_optax.transforms.moment import NullSpace
 from shampoo_optax.transforms.refresh import Refresh
+from shampoo_optax.transforms.spectral import spectral
 
 
 def scale_by_shampoo(
@@ -28,6 +35,7 @@ def scale_by_shampoo(
     root: roots.RootMethod = roots.Eigh(),
     grafting: optax.GradientTransformation | None = magnitudes.adam(),
     exponents: Exponents | None = None,
+    correction: Correction | None = None,
     bias_correction: bool = True,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -49,6 +57,7 @@ def scale_by_shampoo(
       grafting: the magnitude rule, for example ``grafting.adam(b2, eps)``; None uses
         Shampoo's own magnitude, and leaves vectors and scalars as they come.
       exponents: overrides of the roots' exponents, see :func:`kronecker`.
+      correction: ``"kl"`` for KL-Shampoo, see :func:`kronecker`.
       bias_correction: of the average and of the factors (the magnitude rule has its
         own).
       mu_dtype: of the stored average; None means the parameters' dtype.
@@ -70,7 +79,7 @@ def scale_by_shampoo(
     2018; Shi et al., `A Distributed Data-Parallel PyTorch Implementation of the
     Distributed Shampoo Optimizer <https://arxiv.org/abs/2309.06497>`_, 2023.
     """
-    direction: optax.GradientTransformation = kronecker(
+    direction = kronecker(
         b2,
         eps,
         eps_rel,
@@ -78,18 +87,151 @@ def scale_by_shampoo(
         refresh=refresh,
         exponents=exponents,
         bias_correction=bias_correction,
+        correction=correction,
     )
-    magnitude = magnitudes.sgd() if grafting is None else grafting
-    if grafting is not None:
-        direction = graft(direction, grafting, start=refresh.start)
+    average = _Average(b1, b3, bias_correction, mu_dtype)
+    return _assembled(direction, grafting, refresh, layout, average)
 
-    def filtered(
-        inner: optax.GradientTransformation,
+
+def scale_by_soap(
+    b1: ArrayLike | None = 0.95,
+    b2: ArrayLike = 0.95,
+    eps: ArrayLike = 1e-8,
+    *,
+    b3: ArrayLike | None = None,
+    layout: BlockLayout = BlockLayout(),
+    refresh: Refresh = Refresh(),
+    basis: bases.BasisMethod = bases.Eigh(),
+    grafting: optax.GradientTransformation | None = None,
+    null_space: NullSpace = "share",
+    bias_correction: bool = True,
+    mu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Rescale updates by Adam in the eigenbases of Shampoo's factors: SOAP.
+
+    Equals ``blockwise(filter_gradient(eigenbasis(...)), layout)``, with
+    ``filter_gradient(grafting.adam(b2, eps))`` for what the layout does not block.
+
+    Args:
+      b1: decay of the gradient's moving average; None for none.
+      b2: decay of the factors and of the second moment.
+      eps: added to the root of the second moment, in units of the gradient.
+      b3: decay of the average used in this step only; None means ``b1``.
+      layout: which blocks.
+      refresh: when bases are computed anew.
+      basis: how, for example ``bases.CholeskyQR2()``.
+      grafting: a magnitude rule; None keeps SOAP's own, which is Adam's already.
+      null_space: see :func:`eigenbasis`.
+      bias_correction: of the average, the factors and the second moment.
+      mu_dtype: of the stored average; None means the parameters' dtype.
+
+    Returns:
+      The transformation; its updates have the unit of Adam's.
+
+    Raises:
+      ValueError, TypeError: see :func:`soap`.
+
+    Example:
+      >>> tx = scale_by_soap(refresh=Refresh(1))
+      >>> params = {"kernel": jnp.eye(3), "bias": jnp.ones(3)}
+      >>> updates, _ = tx.update(params, tx.init(params))
+      >>> updates["kernel"].round(3).trace()
+      Array(3., dtype=float32)
+
+    Source: Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024.
+    """
+    direction = eigenbasis(
+        b2,
+        eps,
+        basis=basis,
+        refresh=refresh,
+        bias_correction=bias_correction,
+        null_space=null_space,
+    )
+    average = _Average(b1, b3, bias_correction, mu_dtype)
+    rest = magnitudes.adam(b2, eps) if grafting is None else grafting
+    return _assembled(direction, grafting, refresh, layout, average, rest)
+
+
+def scale_by_spectral_descent(
+    b1: ArrayLike | None = 0.95,
+    *,
+    b3: ArrayLike | None = None,
+    method: orthogonal.Orthogonalization = orthogonal.NewtonSchulz(),
+    scale: orthogonal.ScaleRule = orthogonal.MatchRMS(),
+    layout: BlockLayout = BlockLayout(max_preconditioner_dim=math.inf),
+    rest: optax.GradientTransformation = magnitudes.adam(),
+    mu_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Replace the average of every matrix by its orthogonal factor: Muon.
+
+    Equals ``blockwise(filter_gradient(spectral(method, scale)), layout)``, with
+    ``filter_gradient(rest)`` for vectors and scalars.
+
+    Args:
+      b1: decay of the gradient's moving average; None for none.
+      b3: decay of the average used in this step only; ``b1**2`` is Nesterov's
+        momentum (Muon's), None means ``b1``.
+      method: how orthogonal factors are computed.
+      scale: how long they are; the default gives entries the size of Adam's.
+      layout: which matrices; by default nothing is cut.
+      rest: a magnitude rule for vectors and scalars.
+      mu_dtype: of the stored average; None means the parameters' dtype.
+
+    Returns:
+      The transformation; with the default scale its updates have the unit of Adam's.
+
+    Raises:
+      ValueError, TypeError: a number is out of range.
+
+    Example:
+      >>> tx = scale_by_spectral_descent(method=orthogonal.SVD())
+      >>> params = {"kernel": jnp.diag(jnp.array([4.0, 0.1]))}
+      >>> updates, _ = tx.update(params, tx.init(params))
+      >>> (updates["kernel"] / (0.2 * 2**0.5)).round(3)  # MatchRMS of the identity
+      Array([[1., 0.],
+             [0., 1.]], dtype=float32)
+
+    Source: Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024.
+    """
+    average = _Average(b1, b3, True, mu_dtype)
+    direction = spectral(method, scale)
+    return _assembled(direction, None, Refresh(), layout, average, rest)
+
+
+class _Average(NamedTuple):
+    """Arguments of ``filter_gradient``."""
+
+    b1: ArrayLike | None
+    b3: ArrayLike | None
+    bias_correction: bool
+    mu_dtype: DTypeLike | None
+
+    def of(
+        self, inner: optax.GradientTransformation
     ) -> optax.GradientTransformationExtraArgs:
-        if b1 is None:
+        """``inner`` behind the average."""
+        if self.b1 is None:
             return optax.with_extra_args_support(inner)
         return filter_gradient(
-            inner, b1, b3, bias_correction=bias_correction, mu_dtype=mu_dtype
+            inner,
+            self.b1,
+            self.b3,
+            bias_correction=self.bias_correction,
+            mu_dtype=self.mu_dtype,
         )
 
-    return blockwise(filtered(direction), layout, rest=filtered(magnitude))
+
+def _assembled(
+    direction: optax.GradientTransformation,
+    grafting: optax.GradientTransformation | None,
+    refresh: Refresh,
+    layout: BlockLayout,
+    average: _Average,
+    rest: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    if grafting is not None:
+        direction = graft(direction, grafting, start=refresh.start)
+    if rest is None:
+        rest = magnitudes.sgd() if grafting is None else grafting
+    return blockwise(average.of(direction), layout, rest=average.of(rest))

@@ -44,13 +44,25 @@ OPTIMIZERS = {
         ),
         grafting=None,
     ),
+    "kl": lambda: so.scale_by_shampoo(refresh=REFRESH, correction="kl"),
+    "soap": lambda: so.scale_by_soap(refresh=REFRESH),
+    "cholesky": lambda: so.scale_by_soap(
+        refresh=REFRESH, basis=so.bases.CholeskyQR2(), null_space="drop"
+    ),
+    "qr": lambda: so.scale_by_soap(
+        refresh=REFRESH, basis=so.bases.QR(), grafting=so.grafting.adam()
+    ),
+    "spectral": lambda: so.scale_by_spectral_descent(),
 }
 # A matrix, a kernel that folds to the same one, a vector and a scalar: few shapes,
 # because eager mode compiles every primitive for each of them, under each flag.
 SHAPES = {"kernel": (6, 4), "conv": (3, 2, 2, 2), "bias": (5,), "scale": ()}
 # The whole alias: optax's own weight decay and learning rate take part, which do
 # not promise strict promotion.
-ALIAS = {"alias": lambda: so.shampoo(1e-2, refresh=REFRESH, momentum=0.9)}
+ALIAS = {
+    "alias": lambda: so.shampoo(1e-2, refresh=REFRESH, momentum=0.9),
+    "averaged": lambda: so.primal_averaging(so.soap(1e-2, refresh=REFRESH)),
+}
 FLAGS: dict[str, dict[str, Any]] = {
     "rank_promotion": {"jax_numpy_rank_promotion": "raise"},
     "strict_promotion": {"jax_numpy_dtype_promotion": "strict"},
@@ -113,9 +125,10 @@ def test_eager(flags: str, dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("flags", [f for f in FLAGS if "strict" not in str(FLAGS[f])])
-def test_alias(flags: str) -> None:
+@pytest.mark.parametrize("name", ALIAS)
+def test_alias(name: str, flags: str) -> None:
     with _set(FLAGS[flags]):
-        _check(ALIAS["alias"](), jnp.float32, jit=True)
+        _check(ALIAS[name](), jnp.float32, jit=True)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS | ALIAS)

@@ -24,26 +24,35 @@ from tests import helpers
 
 VECTORS = so.BlockLayout(precondition_vectors=True, max_preconditioner_dim=2)
 
-# name: keyword arguments of so.shampoo.
-OURS: dict[str, dict[str, Any]] = {
-    "default": {"learning_rate": 1e-2},
-    "vectors": {"learning_rate": 1e-2, "layout": VECTORS},
+# name: one of our optimizers and its keyword arguments.
+OURS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "default": (so.shampoo, {"learning_rate": 1e-2}),
+    "vectors": (so.shampoo, {"learning_rate": 1e-2, "layout": VECTORS}),
     # Shampoo's own magnitude, with no stale root: the suite begins at the minimum of
     # one coordinate, where a root of tiny gradients outlives them by nine steps.
-    "no_grafting": {
-        "learning_rate": 1e-2,
-        "grafting": None,
-        "layout": VECTORS,
-        "refresh": so.Refresh(1),
-    },
-    "coupled_newton": {
-        "learning_rate": 1e-1,
-        "grafting": so.grafting.adagrad(),
-        "layout": VECTORS,
-        "root": so.roots.CoupledNewton(),
-        "momentum": 0.5,
-        "weight_decay": None,
-    },
+    "no_grafting": (
+        so.shampoo,
+        {
+            "learning_rate": 1e-2,
+            "grafting": None,
+            "layout": VECTORS,
+            "refresh": so.Refresh(1),
+        },
+    ),
+    "coupled_newton": (
+        so.shampoo,
+        {
+            "learning_rate": 1e-1,
+            "grafting": so.grafting.adagrad(),
+            "layout": VECTORS,
+            "root": so.roots.CoupledNewton(),
+            "momentum": 0.5,
+            "weight_decay": None,
+        },
+    ),
+    "kl": (so.kl_shampoo, {"learning_rate": 1e-2}),
+    "soap": (so.soap, {"learning_rate": 1e-2, "layout": VECTORS}),
+    "spectral": (so.spectral_descent, {"learning_rate": 1e-2}),
 }
 
 
@@ -98,7 +107,7 @@ def _contrib_suite() -> type[unittest.TestCase]:
             "wrapper_name": None,
             "wrapper_kwargs": None,
         }
-        for name, kwargs in OURS.items()
+        for name, (_, kwargs) in OURS.items()
     )
     names = {
         "_MAIN_OPTIMIZERS_UNDER_TEST": cases,
@@ -107,7 +116,7 @@ def _contrib_suite() -> type[unittest.TestCase]:
     module = _execute(tree, names, "contrib_suite")
     # The suite looks factories up by name in `contrib`; the factory itself is ours,
     # with its real signature, which the suite inspects.
-    factories = {f"shampoo_{name}": so.shampoo for name in OURS}
+    factories = {f"shampoo_{name}": factory for name, (factory, _) in OURS.items()}
     module.contrib = types.SimpleNamespace(**factories)  # type: ignore[attr-defined]
     return _never_skip(module.ContribTest)
 
@@ -136,7 +145,7 @@ def _sharding_suite() -> type[unittest.TestCase]:
     patch = _Patched()
     tree = patch.visit(_source("optax._src.sharding_test"))
     assert (patch.removed, patch.versions) == (2, 3), "the suite has changed"
-    optimizers = {name: so.shampoo(**kwargs) for name, kwargs in OURS.items()}
+    optimizers = {name: factory(**kwargs) for name, (factory, kwargs) in OURS.items()}
     module = _execute(tree, {"OPTIMIZERS": optimizers}, "sharding_suite")
     # No optimizer takes part in this one: Optax's own, and it fails on these versions
     # once it is no longer skipped (a reshape without out_sharding).

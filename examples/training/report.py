@@ -9,6 +9,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -83,6 +84,8 @@ def save_picture(path: Path, title: str, results: Mapping[str, Result]) -> None:
             panel.plot(x, y, marker=".", markersize=4, label=final)
         panel.set_xlabel(label)
         panel.set_yscale("log")
+        for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            axis(FormatStrFormatter("%g"))
         panel.grid(which="both", alpha=0.3)
         if BASELINE in results:
             goal = results[BASELINE].record.final["loss"]
