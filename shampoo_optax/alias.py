@@ -17,6 +17,7 @@ from shampoo_optax.scale_by import (
 from shampoo_optax.transforms import grafting as magnitudes
 from shampoo_optax.transforms.exponents import Exponents
 from shampoo_optax.transforms.factors import Correction
+from shampoo_optax.transforms.graft import Scope
 from shampoo_optax.transforms.refresh import Refresh
 from shampoo_optax.transforms.weight_decay import Kind
 
@@ -35,6 +36,7 @@ def shampoo(
     refresh: Refresh = Refresh(),
     root: roots.RootMethod = roots.Eigh(),
     grafting: optax.GradientTransformation | None = magnitudes.adam(),
+    graft_scope: Scope = "block",
     exponents: Exponents | None = None,
     correction: Correction | None = None,
     bias_correction: bool = True,
@@ -66,6 +68,7 @@ def shampoo(
       root: how they are computed, for example ``roots.Eigh()``.
       grafting: the magnitude rule, for example ``grafting.adam(b2, eps)``; None uses
         Shampoo's own magnitude.
+      graft_scope: what has one norm, a ``"block"`` (Meta) or an ``"array"`` (Google).
       exponents: overrides of the roots' exponents, see :func:`kronecker`.
       correction: ``"kl"`` for KL-Shampoo, see :func:`kronecker`.
       bias_correction: of the average and of the factors.
@@ -124,6 +127,7 @@ def shampoo(
         refresh=refresh,
         root=root,
         grafting=grafting,
+        graft_scope=graft_scope,
         exponents=exponents,
         correction=correction,
         bias_correction=bias_correction,
@@ -149,6 +153,7 @@ def kl_shampoo(
     refresh: Refresh = Refresh(),
     root: roots.RootMethod = roots.Eigh(),
     grafting: optax.GradientTransformation | None = magnitudes.adam(),
+    graft_scope: Scope = "block",
     mu_dtype: DTypeLike | None = None,
     weight_decay_type: Kind = "decoupled",
     peak_learning_rate: ArrayLike | None = None,
@@ -171,6 +176,7 @@ def kl_shampoo(
       refresh: when roots are computed anew.
       root: how they are computed.
       grafting: the magnitude rule; None uses KL-Shampoo's own magnitude.
+      graft_scope: what has one norm.
       mu_dtype: of the stored average.
       weight_decay_type: see :func:`add_weight_decay`.
       peak_learning_rate: see :func:`add_weight_decay`.
@@ -201,6 +207,7 @@ def kl_shampoo(
         refresh=refresh,
         root=root,
         grafting=grafting,
+        graft_scope=graft_scope,
         correction="kl",
         mu_dtype=mu_dtype,
         weight_decay_type=weight_decay_type,

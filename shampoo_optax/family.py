@@ -1,7 +1,6 @@
 """Shampoo's relatives under the names people know, as :mod:`alias` has Shampoo."""
 
 # Annotations stay objects here: Optax's contract suite reads that of learning_rate.
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from shampoo_optax._chain import Decay, chained
 from shampoo_optax.layout.block_layout import BlockLayout
 from shampoo_optax.linalg import bases, orthogonal
 from shampoo_optax.scale_by import (
+    UNCUT,
     scale_by_soap,
     scale_by_spectral_descent,
 )
@@ -111,7 +111,7 @@ def spectral_descent(
     b3: ArrayLike | None = None,
     method: orthogonal.Orthogonalization = orthogonal.NewtonSchulz(),
     scale: orthogonal.ScaleRule = orthogonal.MatchRMS(),
-    layout: BlockLayout = BlockLayout(max_preconditioner_dim=math.inf),
+    layout: BlockLayout = UNCUT,
     rest: optax.GradientTransformation = magnitudes.adam(),
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:

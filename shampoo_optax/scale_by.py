@@ -8,6 +8,7 @@ from typing import NamedTuple
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
+from shampoo_optax import _checks
 from shampoo_optax.layout.block_layout import BlockLayout
 from shampoo_optax.linalg import bases, orthogonal, roots
 from shampoo_optax.transforms import grafting as magnitudes
@@ -16,11 +17,14 @@ from shampoo_optax.transforms.eigenbasis import eigenbasis
 from shampoo_optax.transforms.exponents import Exponents
 from shampoo_optax.transforms.factors import Correction
 from shampoo_optax.transforms.filtering import filter_gradient
-from shampoo_optax.transforms.graft import graft
+from shampoo_optax.transforms.graft import SCOPES, Scope, graft
 from shampoo_optax.transforms.kronecker import kronecker
 from shampoo_optax.transforms.moment import NullSpace
 from shampoo_optax.transforms.refresh import Refresh
 from shampoo_optax.transforms.spectral import spectral
+
+# Whole matrices, however large: an orthogonal factor is one of the whole.
+UNCUT = BlockLayout(max_preconditioner_dim=math.inf, one_sided_above=math.inf)
 
 
 def scale_by_shampoo(
@@ -34,6 +38,7 @@ def scale_by_shampoo(
     refresh: Refresh = Refresh(),
     root: roots.RootMethod = roots.Eigh(),
     grafting: optax.GradientTransformation | None = magnitudes.adam(),
+    graft_scope: Scope = "block",
     exponents: Exponents | None = None,
     correction: Correction | None = None,
     bias_correction: bool = True,
@@ -56,6 +61,7 @@ def scale_by_shampoo(
       root: how they are computed.
       grafting: the magnitude rule, for example ``grafting.adam(b2, eps)``; None uses
         Shampoo's own magnitude, and leaves vectors and scalars as they come.
+      graft_scope: what has one norm, a ``"block"`` (Meta) or an ``"array"`` (Google).
       exponents: overrides of the roots' exponents, see :func:`kronecker`.
       correction: ``"kl"`` for KL-Shampoo, see :func:`kronecker`.
       bias_correction: of the average and of the factors (the magnitude rule has its
@@ -79,6 +85,7 @@ def scale_by_shampoo(
     2018; Shi et al., `A Distributed Data-Parallel PyTorch Implementation of the
     Distributed Shampoo Optimizer <https://arxiv.org/abs/2309.06497>`_, 2023.
     """
+    _checks.choice("scale_by_shampoo", "graft_scope", graft_scope, SCOPES)
     direction = kronecker(
         b2,
         eps,
@@ -86,10 +93,15 @@ def scale_by_shampoo(
         root=root,
         refresh=refresh,
         exponents=exponents,
+        largest_factor=layout.largest_factor,
         bias_correction=bias_correction,
         correction=correction,
     )
     average = _Average(b1, b3, bias_correction, mu_dtype)
+    if grafting is not None and graft_scope == "array":
+        whole = blockwise(direction, layout, rest=grafting)
+        grafted = graft(whole, grafting, scope="array", start=refresh.start)
+        return average.of(grafted)
     return _assembled(direction, grafting, refresh, layout, average)
 
 
@@ -145,6 +157,7 @@ def scale_by_soap(
         eps,
         basis=basis,
         refresh=refresh,
+        largest_factor=layout.largest_factor,
         bias_correction=bias_correction,
         null_space=null_space,
     )
@@ -159,7 +172,7 @@ def scale_by_spectral_descent(
     b3: ArrayLike | None = None,
     method: orthogonal.Orthogonalization = orthogonal.NewtonSchulz(),
     scale: orthogonal.ScaleRule = orthogonal.MatchRMS(),
-    layout: BlockLayout = BlockLayout(max_preconditioner_dim=math.inf),
+    layout: BlockLayout = UNCUT,
     rest: optax.GradientTransformation = magnitudes.adam(),
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:

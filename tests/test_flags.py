@@ -44,6 +44,12 @@ OPTIMIZERS = {
         ),
         grafting=None,
     ),
+    "thin": lambda: so.scale_by_shampoo(
+        refresh=so.Refresh(2, 1, statistics_frequency=2),
+        layout=so.BlockLayout(4, one_sided_above=5),
+        grafting=so.grafting.normalized(so.grafting.adam()),
+        graft_scope="array",
+    ),
     "kl": lambda: so.scale_by_shampoo(refresh=REFRESH, correction="kl"),
     "soap": lambda: so.scale_by_soap(refresh=REFRESH),
     "cholesky": lambda: so.scale_by_soap(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,13 +12,14 @@ from shampoo_optax import _checks
 from shampoo_optax.layout.plan import Plan, Shape, fold, make_plan, merge
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BlockLayout:
     """How parameters are folded into matrices and cut into blocks.
 
     By default a matrix stays a matrix, an array of more dimensions (a convolution
     kernel, an attention projection) becomes the matrix nearest to a square, and
-    scalars and vectors are not blocked: they get the magnitude rule alone.
+    scalars and vectors are not blocked: they get the magnitude rule alone. ``repr``
+    says the rule in words.
 
     Args:
       max_preconditioner_dim: largest dimension of a block; a larger dimension is cut,
@@ -27,6 +30,14 @@ class BlockLayout:
         merge while their product is within ``max_preconditioner_dim`` and the number
         of dimensions above this one. Its default there is 1, which turns every
         matrix of at most ``max_preconditioner_dim`` elements into a vector.
+      one_sided_above: the longer side of a matrix (an embedding, an output layer) is
+        neither cut nor given a factor where it is larger than this; the shorter side
+        has one. Half the memory and none of the roots of the long side, and every
+        row of a vocabulary is measured by the same factor. ``math.inf`` for never.
+        Not with ``target_parameter_dimensionality``.
+      skip: which parameters are not blocked and get the magnitude rule alone: a
+        regular expression that is searched in the path (``"embed|lm_head"``), or a
+        function of path and shape.
       precondition_vectors: give vectors and scalars a factor too.
       batch_axes: function of a parameter's path (``"blocks/kernel"``) and shape that
         says how many leading axes hold separate arrays: 1 for the layers of a scanned
@@ -43,6 +54,8 @@ class BlockLayout:
 
     max_preconditioner_dim: int | float = 1024
     target_parameter_dimensionality: int | float | None = None
+    one_sided_above: int | float = 8192
+    skip: str | Callable[[str, Shape], bool] | None = None
     precondition_vectors: bool = False
     batch_axes: Callable[[str, Shape], int] | None = None
 
@@ -54,6 +67,34 @@ class BlockLayout:
         if target is not None:
             which = "target_parameter_dimensionality"
             _checks.whole(name, which, target, low=1, infinite=True)
+        above = self.one_sided_above
+        _checks.whole(name, "one_sided_above", above, low=1, infinite=True)
+        if isinstance(self.skip, str):
+            try:
+                re.compile(self.skip)
+            except re.error as error:
+                raise ValueError(
+                    f"BlockLayout(skip={self.skip!r}): not a regular expression "
+                    f"({error}); wanted one that is searched in parameter paths such "
+                    "as 'decoder/embed/kernel', or a function of path and shape."
+                ) from None
+
+    def __repr__(self) -> str:
+        """The arguments that are not the defaults, and what they mean."""
+        given = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        rules = "".join(f"\n  # {rule}" for rule in in_words(self))
+        return f"BlockLayout({', '.join(given)}){rules}"
+
+    @property
+    def largest_factor(self) -> int | float:
+        """A dimension of a block above this has no factor."""
+        if self.target_parameter_dimensionality is not None:
+            return self.max_preconditioner_dim
+        return min(self.max_preconditioner_dim, self.one_sided_above)
 
     def plan(self, names: Sequence[str], shapes: Sequence[Shape]) -> Plan:
         """The blocks of named parameters.
@@ -72,9 +113,18 @@ class BlockLayout:
         for name, shape in zip(names, shapes, strict=True):
             axes = self._batch_axes(name, shape)
             batch, dims = math.prod(shape[:axes]), self._fold(shape[axes:])
-            blocked = dims is not None and batch > 0
+            blocked = dims is not None and batch > 0 and not self._skips(name, shape)
             folded.append((shape, batch, dims if blocked else None))
-        return make_plan(tuple(folded), self.max_preconditioner_dim)
+        merging = self.target_parameter_dimensionality is not None
+        above = math.inf if merging else self.one_sided_above
+        return make_plan(tuple(folded), self.largest_factor, above)
+
+    def _skips(self, name: str, shape: Shape) -> bool:
+        if self.skip is None:
+            return False
+        if isinstance(self.skip, str):
+            return re.search(self.skip, name) is not None
+        return bool(self.skip(name, shape))
 
     def _batch_axes(self, name: str, shape: Shape) -> int:
         axes = 0 if self.batch_axes is None else self.batch_axes(name, shape)
@@ -100,3 +150,43 @@ class BlockLayout:
         if self.precondition_vectors:
             return dims or (1,)
         return dims if sum(d > 1 for d in dims) > 1 else None
+
+
+def in_words(layout: BlockLayout) -> list[str]:
+    """What happens to which parameters, a line for each kind.
+
+    Example:
+      >>> print(BlockLayout(512, skip="embed"))
+      BlockLayout(max_preconditioner_dim=512, skip='embed')
+        # parameters that match skip: the magnitude rule alone
+        # scalars and vectors: the magnitude rule alone
+        # matrices: blocks of at most 512x512, a factor for each side
+        # a side above 8192, if it is the longer one: not cut, no factor
+        # arrays of more dimensions: folded into the matrix nearest to a square
+    """
+    alone = "the magnitude rule alone"
+    size, above = layout.max_preconditioner_dim, layout.one_sided_above
+    lines = []
+    if layout.skip is not None:
+        lines.append(f"parameters that match skip: {alone}")
+    if layout.precondition_vectors:
+        lines.append("scalars and vectors: blocks with one factor")
+    else:
+        lines.append(f"scalars and vectors: {alone}")
+    cut = "not cut" if size == math.inf else f"blocks of at most {size}x{size}"
+    lines.append(f"matrices: {cut}, a factor for each side")
+    if layout.target_parameter_dimensionality is not None:
+        target = layout.target_parameter_dimensionality
+        lines.append(
+            f"neighbouring dimensions: merged up to {size}, while there are more than "
+            f"{target}"
+        )
+        return lines
+    if above != math.inf:
+        lines.append(
+            f"a side above {above}, if it is the longer one: not cut, no factor"
+        )
+    lines.append(
+        "arrays of more dimensions: folded into the matrix nearest to a square"
+    )
+    return lines

@@ -130,16 +130,25 @@ def merge(shape: Shape, *, threshold: float, target: float) -> Shape:
     return tuple(merged)
 
 
-def cut(shape: Shape, block_size: float) -> tuple[Box, ...]:
+def cut(
+    shape: Shape, block_size: float, *, one_sided_above: float = math.inf
+) -> tuple[Box, ...]:
     """Cut a shape into boxes of equal blocks; the last block may be smaller.
+
+    The longer side of a matrix is left whole where it is above ``one_sided_above``.
 
     Example:
       >>> [(box.grid, box.block) for box in cut((10, 4), 4)]
       [((2, 1), (4, 4)), ((1, 1), (2, 4))]
+      >>> [(box.grid, box.block) for box in cut((10, 8), 4, one_sided_above=9)]
+      [((1, 2), (10, 4))]
     """
+    longest = max(shape, default=0)
+    whole = len(shape) == 2 and longest > one_sided_above
+    uncut = shape.index(longest) if whole else None
     sides = []
-    for size in shape:
-        block = size if block_size >= size else int(block_size)
+    for dim, size in enumerate(shape):
+        block = size if dim == uncut or block_size >= size else int(block_size)
         full, edge = divmod(size, block)
         side = [(0, full, block)] + ([(full * block, 1, edge)] if edge else [])
         sides.append(side)
@@ -148,7 +157,9 @@ def cut(shape: Shape, block_size: float) -> tuple[Box, ...]:
 
 @functools.lru_cache(maxsize=256)
 def make_plan(
-    folded: tuple[tuple[Shape, int, Shape | None], ...], block_size: float
+    folded: tuple[tuple[Shape, int, Shape | None], ...],
+    block_size: float,
+    one_sided_above: float = math.inf,
 ) -> Plan:
     """Pool folded leaves and cut the pools.
 
@@ -156,6 +167,7 @@ def make_plan(
       folded: for each leaf its shape, the number of arrays its batch axes hold, and
         its folded shape, or None where it is not blocked.
       block_size: largest dimension of a block, may be infinite.
+      one_sided_above: see :func:`cut`.
 
     Returns:
       The plan; the same object for the same arguments.
@@ -178,7 +190,7 @@ def make_plan(
                 shape=dims,
                 leaves=tuple(leaf for leaf, _ in members),
                 batches=tuple(batch for _, batch in members),
-                boxes=cut(dims, block_size),
+                boxes=cut(dims, block_size, one_sided_above=one_sided_above),
             )
             for dims, members in pools.items()
         ),

@@ -8,6 +8,9 @@ from jax.typing import ArrayLike
 
 from shampoo_optax.layout.split import promoted
 
+# Meta's constant: keeps 0/0 apart from 0 and changes no other quotient.
+NORM_EPS = 1e-16
+
 
 def scalar(value: ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
     """A number, possibly traced, in the dtype of the arrays it meets."""

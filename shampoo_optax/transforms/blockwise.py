@@ -91,7 +91,8 @@ def blockwise(
         if not tree.leaves:
             return updates, state
         model = None if params is None else tree.sibling(params, "params")
-        extras = dict(extra), dict(extra)
+        # Inside, the leading axis holds blocks: a norm there is that of a block.
+        extras = {**extra, "stacked": True}, dict(extra)
         if raw_gradient is not None:
             raw = tree.sibling(raw_gradient, "raw_gradient")
             extras[0]["raw_gradient"], extras[1]["raw_gradient"] = (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +40,7 @@ def eigenbasis(
     refresh: Refresh = Refresh(),
     exponents: Mapping[int, float] | None = None,
     ignored_dims: Mapping[int, Sequence[int]] | None = None,
+    largest_factor: int | float = math.inf,
     bias_correction: bool = True,
     weighted: bool = True,
     null_space: NullSpace = "share",
@@ -74,6 +77,7 @@ def eigenbasis(
       exponents: by the order of a block, the power of ``nu`` in place of 1/2.
       ignored_dims: by the order of a block, dimensions that keep the identity and
         have no factor.
+      largest_factor: a dimension above this is ignored, too.
       bias_correction: of the factors and of the second moment.
       weighted: give a new sample the weight ``1 - b2``; otherwise 1, and no bias
         correction (Meta's ``drop_weighting_factor_on_gsquare``).
@@ -102,6 +106,7 @@ def eigenbasis(
     """
     call = "eigenbasis"
     _checks.numbers(call, b2=b2, eps=eps)
+    _checks.whole(call, "largest_factor", largest_factor, low=1, infinite=True)
     _checks.number(call, "ridge", ridge, _checks.NON_NEGATIVE)
     moment = Moment(b2, eps, bias_correction, weighted, exponents or {}, null_space)
     moment.check(call)
@@ -113,7 +118,7 @@ def eigenbasis(
     def init_fn(stacks: Stacks) -> EigenbasisState:
         statistics.check_stacks(call, stacks)
         dims = {
-            key: [d for d in range(x.ndim - 1) if d not in ignored.get(x.ndim - 1, ())]
+            key: _kept(x.shape[1:], largest_factor, ignored)
             for key, x in stacks.items()
         }
         factors = statistics.zeros(stacks, dims)
@@ -137,10 +142,13 @@ def eigenbasis(
         del params, extra
         gradients = updates if raw_gradient is None else raw_gradient
         count = optax.safe_increment(state.count)
-        factors = measured.measure(gradients, state.factors, state.bases)
+        measure = partial(measured.measure, gradients, state.factors, state.bases)
+        factors, samples = refresh.measured(count, measure, state.factors)
 
         def refreshed() -> tuple[Matrices, Matrices, dict[str, jax.Array]]:
-            return _refresh(measured.targets(factors, count, eps), state, basis, ridge)
+            return _refresh(
+                measured.targets(factors, samples, eps), state, basis, ridge
+            )
 
         def kept() -> tuple[Matrices, Matrices, dict[str, jax.Array]]:
             return state.bases, state.null, state.failures
@@ -148,15 +156,9 @@ def eigenbasis(
         q, null, failures = jax.lax.cond(refresh.due(count), refreshed, kept)
         new_nu, new_updates = {}, {}
         for key, update in updates.items():
-            dtype = state.nu[key].dtype
-            into = {int(d): jnp.swapaxes(m, -2, -1) for d, m in q[key].items()}
-            out_of = {int(d): m for d, m in q[key].items()}
-            seen = modes.mode_products(gradients[key].astype(dtype), into)
-            new_nu[key] = moment.accumulate(seen, state.nu[key], null[key])
-            turned = modes.mode_products(update.astype(dtype), into)
-            turned = moment.divide(turned, new_nu[key], null[key], count)
-            back = modes.mode_products(turned, out_of)
-            new_updates[key] = back.astype(update.dtype)
+            new_updates[key], new_nu[key] = _turned(
+                moment, update, gradients[key], state.nu[key], q[key], null[key], count
+            )
         return new_updates, EigenbasisState(count, factors, q, null, new_nu, failures)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -169,6 +171,33 @@ def _dims(call: str, order: int, dims: Sequence[int]) -> tuple[int, ...]:
             f"dimensions of a block of order {order}, 0 to {order - 1}."
         )
     return tuple(dims)
+
+
+def _kept(
+    shape: tuple[int, ...], largest: float, ignored: Mapping[int, Sequence[int]]
+) -> list[int]:
+    """The dimensions of a block that have a factor."""
+    skipped = ignored.get(len(shape), ())
+    return [d for d, size in enumerate(shape) if size <= largest and d not in skipped]
+
+
+def _turned(
+    moment: Moment,
+    update: jax.Array,
+    gradient: jax.Array,
+    nu: jax.Array,
+    basis: dict[str, jax.Array],
+    null: dict[str, jax.Array],
+    count: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Adam's step in the bases of one stack: the update and the second moment."""
+    into = {int(d): jnp.swapaxes(m, -2, -1) for d, m in basis.items()}
+    out_of = {int(d): m for d, m in basis.items()}
+    seen = modes.mode_products(gradient.astype(nu.dtype), into)
+    nu = moment.accumulate(seen, nu, null)
+    turned = modes.mode_products(update.astype(nu.dtype), into)
+    turned = moment.divide(turned, nu, null, count)
+    return modes.mode_products(turned, out_of).astype(update.dtype), nu
 
 
 def _refresh(

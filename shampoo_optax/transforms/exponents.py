@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -19,7 +20,8 @@ class ExponentTable:
     Args:
       call: whose argument the overrides are, for error messages.
       overrides: by the order of a block.
-      default: of a dimension of a block of this order.
+      default: of each dimension of a block with this number of factors.
+      largest: a dimension above this has no factor.
 
     Raises:
       ValueError, TypeError: a dimension or an exponent is out of range.
@@ -31,10 +33,14 @@ class ExponentTable:
     """
 
     def __init__(
-        self, call: str, overrides: Exponents | None, default: DefaultExponent
+        self,
+        call: str,
+        overrides: Exponents | None,
+        default: DefaultExponent,
+        largest: float = math.inf,
     ) -> None:
         """Check the overrides."""
-        self._call, self._default = call, default
+        self._call, self._default, self._largest = call, default, largest
         self._by_order = {
             order: self._expand(order, value)
             for order, value in (overrides or {}).items()
@@ -44,7 +50,8 @@ class ExponentTable:
         """The exponents of a stack ``[n, d_1, ..., d_k]``, those that are not 0."""
         order = stack.ndim - 1
         override = self._by_order.get(order, {})
-        powers = {dim: override.get(dim, self._default(order)) for dim in range(order)}
+        dims = [dim for dim in range(order) if stack.shape[dim + 1] <= self._largest]
+        powers = {dim: override.get(dim, self._default(len(dims))) for dim in dims}
         return {dim: power for dim, power in powers.items() if power > 0}
 
     def _expand(

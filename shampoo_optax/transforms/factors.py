@@ -93,7 +93,7 @@ class Statistics:
         return modes.mode_products(gradients.astype(dtype), others)
 
     def targets(self, factors: Matrices, count: jax.Array, eps: ArrayLike) -> Matrices:
-        """The matrices whose roots or bases are wanted, at step ``count``."""
+        """The matrices whose roots or bases are wanted, after ``count`` samples."""
 
         def target(factor: jax.Array) -> jax.Array:
             dtype = factor.dtype

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_optax import _checks
-from shampoo_optax.transforms._numbers import block_norm
+from shampoo_optax.transforms._numbers import NORM_EPS, block_norm
 
-# Meta's constant: keeps 0/0 apart from 0 and changes no other quotient.
-NORM_EPS = 1e-16
+Scope = Literal["block", "array"]
+SCOPES = ("block", "array")
 
 
 class GraftState(NamedTuple):
@@ -28,7 +28,7 @@ def graft(
     direction: optax.GradientTransformation,
     magnitude: optax.GradientTransformation,
     *,
-    scope: Literal["block", "array"] = "block",
+    scope: Scope = "block",
     start: int | float = 1,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Move along ``direction`` as far as ``magnitude`` would.
@@ -60,7 +60,7 @@ def graft(
     Source: Agarwal et al., `Disentangling Adaptive Gradient Methods from Learning
     Rates <https://arxiv.org/abs/2002.11803>`_, 2020.
     """
-    _checks.choice("graft", "scope", scope, ("block", "array"))
+    _checks.choice("graft", "scope", scope, SCOPES)
     _checks.whole("graft", "start", start, low=1, infinite=True)
     direction = optax.with_extra_args_support(direction)
     magnitude = optax.with_extra_args_support(magnitude)

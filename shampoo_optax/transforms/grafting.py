@@ -16,8 +16,14 @@ import optax
 from jax.typing import ArrayLike
 
 from shampoo_optax import _checks
+from shampoo_optax.transforms._numbers import (
+    NORM_EPS,
+    block_norm,
+    new_weight,
+    scalar,
+    wide,
+)
 from shampoo_optax.transforms._numbers import bias_correction as correction_of
-from shampoo_optax.transforms._numbers import new_weight, scalar, wide
 
 
 class MagnitudeState(NamedTuple):
@@ -122,6 +128,70 @@ def adam(
     """
     _checks.numbers("grafting.adam", b2=b2, eps=eps)
     return _second_moment(b2, eps, weighted=weighted, bias_correction=weighted)
+
+
+def sqrt_n() -> optax.GradientTransformationExtraArgs:
+    """The root of the number of entries, whatever the gradient: its signs.
+
+    Example:
+      >>> sqrt_n().update(jnp.array([-3.0, 0.1]), sqrt_n().init(jnp.zeros(2)))[0]
+      Array([-1.,  1.], dtype=float32)
+
+    Source: ``SQRT_N`` of Anil et al., `Scalable Second Order Optimization for Deep
+    Learning <https://arxiv.org/abs/2002.09018>`_, 2020 (their published code).
+    """
+    return optax.with_extra_args_support(optax.stateless_with_tree_map(_sign))
+
+
+def _sign(u: jax.Array, _: Any) -> jax.Array:
+    return jnp.sign(u)
+
+
+def normalized(
+    magnitude: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    r"""A magnitude rule on gradients of norm one: blind to the loss's scale.
+
+    Equals ``magnitude`` with :math:`G / \|G\|` and :math:`F / \|F\|` in place of the
+    gradient and the incoming update. A norm is that of a block inside
+    :func:`blockwise`, elsewhere of a whole array.
+
+    Args:
+      magnitude: for example ``grafting.rmsprop()``.
+
+    Returns:
+      The transformation.
+
+    Example:
+      >>> tx = normalized(adagrad())
+      >>> tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))[0]
+      Array([1., 1.], dtype=float32)
+
+    Source: ``RMSPROP_NORMALIZED`` and ``ADAGRAD_NORMALIZED`` of Anil et al., `Scalable
+    Second Order Optimization for Deep Learning <https://arxiv.org/abs/2002.09018>`_,
+    2020 (their published code).
+    """
+    inner = optax.with_extra_args_support(magnitude)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        raw_gradient: optax.Updates | None = None,
+        stacked: bool = False,
+        **extra: Any,
+    ) -> tuple[optax.Updates, Any]:
+        def unit(x: jax.Array) -> jax.Array:
+            norm = block_norm(x, batch_axes=1 if stacked else 0)
+            return (x.astype(norm.dtype) / (norm + NORM_EPS)).astype(x.dtype)
+
+        if raw_gradient is not None:
+            extra["raw_gradient"] = jax.tree.map(unit, raw_gradient)
+        updates = jax.tree.map(unit, updates)
+        return inner.update(updates, state, params, stacked=stacked, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
 def _second_moment(

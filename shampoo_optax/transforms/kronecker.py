@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +42,7 @@ def kronecker(
     root: roots.RootMethod = roots.Eigh(),
     refresh: Refresh = Refresh(),
     exponents: Exponents | None = None,
+    largest_factor: int | float = math.inf,
     bias_correction: bool = True,
     weighted: bool = True,
     trace_scaling: float | None = None,
@@ -78,6 +81,8 @@ def kronecker(
       exponents: by the order of a block, the exponent of its roots (for all
         dimensions, or by dimension) in place of ``1 / (2 * order)``; 0 leaves a
         dimension without a factor.
+      largest_factor: a dimension above this has no factor, and :math:`k` counts the
+        others: a thin matrix gets one factor with exponent 1/2.
       bias_correction: divide factors by ``1 - b2**t`` before a root.
       weighted: give a new sample the weight ``1 - b2``; otherwise 1, and no bias
         correction (Meta's ``drop_weighting_factor_on_gsquare``).
@@ -115,12 +120,16 @@ def kronecker(
     """
     call = "kronecker"
     _checks.numbers(call, eps=eps, eps_rel=eps_rel)
+    _checks.whole(call, "largest_factor", largest_factor, low=1, infinite=True)
     measured = Statistics(b2, bias_correction, weighted, trace_scaling, correction)
     measured.check(call)
     solve = _solver(root, basis, eps, eps_rel)
     # Each factor of KL-Shampoo is a covariance: its whitening has exponent 1/2.
     table = ExponentTable(
-        call, exponents, lambda k: 0.5 if correction == "kl" else 1 / (2 * k)
+        call,
+        exponents,
+        lambda k: 0.5 if correction == "kl" else 1 / (2 * k),
+        largest_factor,
     )
 
     def init_fn(stacks: Stacks) -> KroneckerState:
@@ -151,10 +160,11 @@ def kronecker(
         del params, extra
         gradients = updates if raw_gradient is None else raw_gradient
         count = optax.safe_increment(state.count)
-        factors = measured.measure(gradients, state.factors, state.roots)
+        measure = partial(measured.measure, gradients, state.factors, state.roots)
+        factors, samples = refresh.measured(count, measure, state.factors)
 
         def refreshed() -> Refreshed:
-            targets = measured.targets(factors, count, eps)
+            targets = measured.targets(factors, samples, eps)
             powers = {key: table.of(stack) for key, stack in updates.items()}
             return _refresh(targets, powers, state, solve)
 

@@ -1,14 +1,18 @@
-"""When roots are computed anew."""
+"""When factors are measured, and roots computed anew."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from shampoo_optax import _checks
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class Refresh:
         and staler.
       start_preconditioning_step: the first refresh; before it a grafted update is
         the magnitude rule alone. None means the frequency, ``math.inf`` never.
+      statistics_frequency: steps from one measurement of the factors to the next; the
+        first step measures. 1, the default, uses every gradient.
 
     Raises:
       ValueError, TypeError: a number is below 1 or not whole.
@@ -36,6 +42,7 @@ class Refresh:
 
     precondition_frequency: int = 10
     start_preconditioning_step: int | float | None = None
+    statistics_frequency: int = 1
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -45,6 +52,8 @@ class Refresh:
         if start is not None:
             which = "start_preconditioning_step"
             _checks.whole(name, which, start, low=1, infinite=True)
+        which, every = "statistics_frequency", self.statistics_frequency
+        _checks.whole(name, which, every, low=1, infinite=False)
 
     @property
     def start(self) -> int | float:
@@ -58,3 +67,18 @@ class Refresh:
             return jnp.zeros_like(count, bool)
         regular = (count % self.precondition_frequency == 0) & (count > self.start)
         return regular | (count == self.start)
+
+    def measured(
+        self, count: jax.Array, new: Callable[[], T], old: T
+    ) -> tuple[T, jax.Array]:
+        """New factors where this step measures, else the old; how many measured.
+
+        Example:
+          >>> refresh = Refresh(statistics_frequency=3)
+          >>> [int(refresh.measured(jnp.int32(t), int, 0)[1]) for t in range(1, 8)]
+          [1, 1, 1, 2, 2, 2, 3]
+        """
+        if self.statistics_frequency == 1:
+            return new(), count
+        before, since = jnp.divmod(count - 1, self.statistics_frequency)
+        return jax.lax.cond(since == 0, new, lambda: old), before + 1
