@@ -15,6 +15,7 @@ from shampoo_optax.scale_by import scale_by_soap as scale_by_soap
 from shampoo_optax.scale_by import (
     scale_by_spectral_descent as scale_by_spectral_descent,
 )
+from shampoo_optax.shardings import state_shardings as state_shardings
 from shampoo_optax.transforms import grafting as grafting
 from shampoo_optax.transforms.averaging import AveragingState as AveragingState
 from shampoo_optax.transforms.averaging import eval_params as eval_params

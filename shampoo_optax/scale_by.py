@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -97,6 +98,8 @@ def scale_by_shampoo(
         bias_correction=bias_correction,
         correction=correction,
     )
+    if exponents is not None:  # they may tell rows from columns
+        layout = dataclasses.replace(layout, turn_wide_blocks=False)
     average = _Average(b1, b3, bias_correction, mu_dtype)
     if grafting is not None and graft_scope == "array":
         whole = blockwise(direction, layout, rest=grafting)
@@ -209,6 +212,7 @@ def scale_by_spectral_descent(
     """
     average = _Average(b1, b3, True, mu_dtype)
     direction = spectral(method, scale)
+    layout = dataclasses.replace(layout, turn_wide_blocks=False)  # rules tell sides
     return _assembled(direction, None, Refresh(), layout, average, rest)
 
 

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import strategies as st
 
 import shampoo_optax as so
-from shampoo_optax.layout.plan import cut, fold, merge
+from shampoo_optax.layout.fold import fold, merge
+from shampoo_optax.layout.plan import block_sides, cut
 from shampoo_optax.layout.split import join, split
 
 INF = math.inf
@@ -46,7 +47,9 @@ def test_merge(shape: tuple, threshold: float, target: float, wanted: tuple) -> 
 
 
 def _blocks(shape: tuple, size: float) -> dict[tuple, int]:
-    return {box.block: math.prod(box.grid) for box in cut(shape, size)}
+    return {
+        box.block: math.prod(box.grid) for box in cut(shape, block_sides(shape, size))
+    }
 
 
 @pytest.mark.parametrize(
@@ -108,8 +111,8 @@ def test_default_layout_blocks_matrices_only() -> None:
 def test_batch_axes_are_not_folded() -> None:
     layout = so.BlockLayout(4, batch_axes=lambda path, _: int(path == "scan"))
     plan = layout.plan(["scan", "dense", "tail"], [(3, 6, 4), (6, 4), (24, 3)])
-    # Three layers and the matrix: a 4x4 and a 2x4 block of each.
-    assert plan.stacks == {"4x4": (4, 4, 4), "2x4": (4, 2, 4), "4x3": (6, 4, 3)}
+    # Three layers and the matrix: a 4x4 and a 2x4 block of each, that one turned.
+    assert plan.stacks == {"4x4": (4, 4, 4), "4x2": (4, 4, 2), "4x3": (6, 4, 3)}
 
 
 LAYOUTS = st.builds(
@@ -167,10 +170,12 @@ def test_blocks_are_the_slices_of_the_parameter() -> None:
     stacks = split(w, layout.plan(["a", "b"], [(5, 5), (5, 5)]))
     edges = [(0, 2), (2, 4), (4, 5)]
     wanted: dict[str, list] = {}
-    for leaf in (0, 1):
-        for (r0, r1), (c0, c1) in itertools.product(edges, edges):
+    # Box by box: first the whole blocks, then each ragged side, then the corner.
+    for rows, columns in itertools.product((edges[:2], edges[2:]), repeat=2):
+        for leaf, (r0, r1), (c0, c1) in itertools.product((0, 1), rows, columns):
             block = np.asarray(w[leaf])[r0:r1, c0:c1]
-            key = f"{r1 - r0}x{c1 - c0}"
+            block = block.T if r1 - r0 < c1 - c0 else block  # a wide one is turned
+            key = "x".join(map(str, block.shape))
             wanted.setdefault(key, []).append(block)
     for key, blocks in wanted.items():
         np.testing.assert_array_equal(stacks[key], np.stack(blocks))

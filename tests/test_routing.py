@@ -222,5 +222,5 @@ def test_a_failed_root_is_refused_above_the_threshold() -> None:
     tx = so.blockwise(so.kronecker(root=root, refresh=ALWAYS))
     like = jnp.zeros((6, 4))
     _, state = tx.update(helpers.gradients(like), tx.init(like))
-    assert state.blocks.failures["6x4"].tolist() == [1]
+    assert jax.tree.leaves(state.blocks.failures) == [1, 1]
     np.testing.assert_array_equal(state.blocks.roots["6x4"]["0"][0], np.eye(6))

@@ -7,9 +7,16 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 
 from shampoo_optax import _checks
-from shampoo_optax.layout.plan import Plan, Shape, fold, make_plan, merge
+from shampoo_optax.layout import placement
+from shampoo_optax.layout.fold import fold, merge
+from shampoo_optax.layout.plan import Leaf, Plan, Shape, block_sides, make_plan
+from shampoo_optax.layout.routes import Devices, Spec, route_leaf
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,9 +46,25 @@ class BlockLayout:
         regular expression that is searched in the path (``"embed|lm_head"``), or a
         function of path and shape.
       precondition_vectors: give vectors and scalars a factor too.
+      turn_wide_blocks: let a stack hold a wide block transposed, its longer side
+        first, so that ``384x1024`` and ``1024x384`` are one stack. No update depends
+        on it, unless a transformation tells rows from columns. Not with
+        ``target_parameter_dimensionality``.
       batch_axes: function of a parameter's path (``"blocks/kernel"``) and shape that
         says how many leading axes hold separate arrays: 1 for the layers of a scanned
         model or the experts of a mixture, 0 for plain parameters. None means 0.
+      mesh: the devices; None means the mesh in use (``jax.set_mesh``).
+      block_axes: axes of the mesh among whose devices the blocks, their state and
+        their roots are spread. Empty for one device's program. Replicated parameters
+        with ``("data",)`` are ZeRO-1, sharded ones with ``("fsdp",)`` are FSDP, with
+        ``("data", "fsdp")`` HSDP. The updates do not depend on it.
+      param_specs: where parameters lie: a tree of ``PartitionSpec`` like theirs, or a
+        function of path and shape. None takes what explicit axes say, and on others
+        replicated parameters.
+      exchange_dtype: in which blocks of updates travel back, for example
+        ``jnp.bfloat16``; None means their own.
+      deterministic: update one block at a time, so that every bit is the same on
+        every mesh. Slower where a device owns many blocks.
 
     Raises:
       ValueError, TypeError: a number is out of range or not a whole number.
@@ -49,7 +72,7 @@ class BlockLayout:
     Example:
       >>> layout = BlockLayout(max_preconditioner_dim=4)
       >>> layout.plan(["kernel", "bias"], [(10, 4), (4,)]).stacks
-      {'4x4': (2, 4, 4), '2x4': (1, 2, 4)}
+      {'4x4': (2, 4, 4), '4x2': (1, 4, 2)}
     """
 
     max_preconditioner_dim: int | float = 1024
@@ -57,7 +80,13 @@ class BlockLayout:
     one_sided_above: int | float = 8192
     skip: str | Callable[[str, Shape], bool] | None = None
     precondition_vectors: bool = False
+    turn_wide_blocks: bool = True
     batch_axes: Callable[[str, Shape], int] | None = None
+    mesh: Mesh | None = None
+    block_axes: tuple[str, ...] = ()
+    param_specs: Any | Callable[[str, Shape], PartitionSpec] | None = None
+    exchange_dtype: DTypeLike | None = None
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -67,6 +96,7 @@ class BlockLayout:
         if target is not None:
             which = "target_parameter_dimensionality"
             _checks.whole(name, which, target, low=1, infinite=True)
+        placement.check_axes(self.mesh, self.block_axes)
         above = self.one_sided_above
         _checks.whole(name, "one_sided_above", above, low=1, infinite=True)
         if isinstance(self.skip, str):
@@ -96,12 +126,18 @@ class BlockLayout:
             return self.max_preconditioner_dim
         return min(self.max_preconditioner_dim, self.one_sided_above)
 
-    def plan(self, names: Sequence[str], shapes: Sequence[Shape]) -> Plan:
-        """The blocks of named parameters.
+    def plan(
+        self,
+        names: Sequence[str],
+        shapes: Sequence[Shape],
+        specs: Sequence[Spec] | None = None,
+    ) -> Plan:
+        """The blocks of named parameters, and their way to the devices that own them.
 
         Args:
           names: paths of the parameters, in the order of the flattened tree.
           shapes: their shapes.
+          specs: where they lie, see :func:`placement.specs_of`; None for one device.
 
         Returns:
           The plan, a static object.
@@ -109,15 +145,30 @@ class BlockLayout:
         Raises:
           ValueError: ``batch_axes`` returned something else than a number of axes.
         """
-        folded = []
-        for name, shape in zip(names, shapes, strict=True):
-            axes = self._batch_axes(name, shape)
-            batch, dims = math.prod(shape[:axes]), self._fold(shape[axes:])
-            blocked = dims is not None and batch > 0 and not self._skips(name, shape)
-            folded.append((shape, batch, dims if blocked else None))
+        mesh = None if specs is None else placement.mesh_of(self.mesh, self.block_axes)
+        sizes = {} if mesh is None else dict(mesh.shape)
+        devices = Devices(sizes, () if mesh is None else self.block_axes)
         merging = self.target_parameter_dimensionality is not None
         above = math.inf if merging else self.one_sided_above
-        return make_plan(tuple(folded), self.largest_factor, above)
+        leaves = []
+        for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+            axes = self._batch_axes(name, shape)
+            batch, dims = math.prod(shape[:axes]), self._fold(shape[axes:])
+            if dims is None or batch == 0 or self._skips(name, shape):
+                leaves.append(Leaf(shape, shape, batch, None))
+            elif specs is None or mesh is None:
+                leaves.append(Leaf(shape, shape, batch, dims))
+            else:
+                sides = block_sides(dims, self.largest_factor, one_sided_above=above)
+                leaves.append(route_leaf(shape, axes, dims, sides, specs[i], devices))
+        return make_plan(
+            tuple(leaves),
+            self.largest_factor,
+            above,
+            turn=self.turn_wide_blocks and not merging,
+            axis_sizes=tuple(devices.sizes.items()),
+            block_axes=devices.block_axes,
+        )
 
     def _skips(self, name: str, shape: Shape) -> bool:
         if self.skip is None:
@@ -175,6 +226,8 @@ def in_words(layout: BlockLayout) -> list[str]:
         lines.append(f"scalars and vectors: {alone}")
     cut = "not cut" if size == math.inf else f"blocks of at most {size}x{size}"
     lines.append(f"matrices: {cut}, a factor for each side")
+    if layout.block_axes:
+        lines.append(f"blocks and their state: spread over {layout.block_axes}")
     if layout.target_parameter_dimensionality is not None:
         target = layout.target_parameter_dimensionality
         lines.append(

@@ -13,6 +13,31 @@ import math
 from dataclasses import dataclass
 
 Shape = tuple[int, ...]
+Axes = tuple[str, ...]  # of a mesh
+
+
+@dataclass(frozen=True)
+class Route:
+    """How the blocks of an array come to lie whole on the devices that own them.
+
+    All empty on one device. See :mod:`shampoo_optax.layout.routes`.
+    """
+
+    gathered: tuple[tuple[int, Axes], ...] = ()  # dimensions of the array, made whole
+    resharded: tuple[Axes, int, int] | None = None  # folded: axes move from, to
+    shards: tuple[Axes, ...] = ()  # after that, by folded dimension
+    dealt: Axes = ()  # axes that hold copies: they share the blocks out
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A parameter as the plan sees it."""
+
+    shape: Shape
+    local: Shape  # what a device holds, after `route.gathered`
+    batch: int  # arrays in its batch axes, on one device
+    dims: Shape | None  # folded, whole; None where it is not blocked
+    route: Route = Route()
 
 
 @dataclass(frozen=True)
@@ -21,7 +46,9 @@ class Box:
 
     start: Shape  # corner of the box
     grid: Shape  # blocks along each dimension
-    block: Shape  # shape of one block
+    block: Shape  # shape of one block, or of the part of it that a device holds
+    whole: Shape  # shape of one block
+    turned: bool = False  # the stack holds it transposed
 
     @property
     def stop(self) -> Shape:
@@ -30,169 +57,253 @@ class Box:
         return tuple(s + g * b for s, g, b in sizes)
 
     @property
+    def part(self) -> Shape:
+        """Shape of a device's part of a block, as the stack has it."""
+        return self.block[::-1] if self.turned else self.block
+
+    @property
+    def stacked(self) -> Shape:
+        """Shape of a block in its stack."""
+        return self.whole[::-1] if self.turned else self.whole
+
+    @property
     def key(self) -> str:
         """The stack its blocks belong to, for example ``1024x384``."""
-        return "x".join(map(str, self.block))
+        return "x".join(map(str, self.stacked))
 
 
 @dataclass(frozen=True)
 class Pool:
-    """All parameters of one folded shape."""
+    """All parameters of one folded shape that take one route."""
 
-    shape: Shape  # folded, without batch axes
+    shape: Shape  # folded, without batch axes, as a device holds it
     leaves: Shape  # positions in the flattened tree
     batches: Shape  # how many arrays of this shape each leaf holds
     boxes: tuple[Box, ...]  # first dimension slowest
+    route: Route = Route()
+    held: Shape | None = None  # the same before `route.resharded`; None where equal
+
+    def cells(self, box: Box) -> int:
+        """Blocks (or parts of them) of one of its boxes that a device holds."""
+        return sum(self.batches) * math.prod(box.grid)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Blocks of one stack that are exchanged alike."""
+
+    members: tuple[tuple[Pool, Box], ...]
+    axes: Axes  # over which parts of one block lie
+    dim: int  # the dimension they are parts of, in the stack
+    parts: int  # devices that hold a block together, neighbours on `axes`
+    dealt: Axes
+    shares: int  # devices along `dealt`
+
+    @property
+    def cells(self) -> int:
+        """What a device holds before the exchange."""
+        return sum(pool.cells(box) for pool, box in self.members)
+
+    @property
+    def slots(self) -> int:
+        """Blocks that a device owns after it; some may be dead."""
+        return -(-self.cells // (self.parts * self.shares))
+
+    @property
+    def padded(self) -> int:
+        """Cells with the dead ones."""
+        return self.slots * self.parts * self.shares
 
 
 @dataclass(frozen=True)
 class Plan:
     """How a flattened tree of parameters becomes stacks."""
 
-    shapes: tuple[Shape, ...]  # of all leaves
+    leaves: tuple[Leaf, ...]
     pools: tuple[Pool, ...]
     rest: Shape  # positions of the leaves that are not blocked
+    axis_sizes: tuple[tuple[str, int], ...] = ()  # of the mesh
+    block_axes: Axes = ()  # over which stacks are spread
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Of all leaves."""
+        return tuple(leaf.shape for leaf in self.leaves)
+
+    @property
+    def devices(self) -> int:
+        """How many devices own different blocks."""
+        return _size(self.block_axes, self.axis_sizes)
 
     @property
     def stacks(self) -> dict[str, Shape]:
         """Shape of every stack, for example ``{"8x6": (3, 8, 6)}``."""
-        counts: dict[str, Shape] = {}
-        for pool, box in self.members:
-            number = sum(pool.batches) * math.prod(box.grid)
-            number += counts.get(box.key, (0,))[0]
-            counts[box.key] = (number, *box.block)
-        return counts
+        return {
+            key: (
+                self.devices * sum(group.slots for group in groups),
+                *groups[0].members[0][1].stacked,
+            )
+            for key, groups in self.groups.items()
+        }
 
     @property
     def members(self) -> list[tuple[Pool, Box]]:
         """Every box with its pool, in the order in which stacks are filled."""
         return [(pool, box) for pool in self.pools for box in pool.boxes]
 
-
-def fold(shape: Shape) -> Shape:
-    """The default folding: an array of three or more dimensions becomes a matrix.
-
-    Dimensions of size one are dropped. Of all ways to cut the others into a left
-    and a right group the one nearest to a square is taken, the later cut on a tie.
-    A matrix stays a matrix, whatever its size.
-
-    Args:
-      shape: of the parameter, without batch axes.
-
-    Returns:
-      No, one or two dimensions.
-
-    Example:
-      >>> fold((3, 3, 64, 128)), fold((512, 8, 64)), fold((1, 5))
-      ((576, 128), (512, 512), (5,))
-    """
-    dims = tuple(d for d in shape if d != 1)
-    if len(dims) < 3:
-        return dims
-    cuts = [
-        (math.prod(dims[:i]), math.prod(dims[i:])) for i in range(len(dims) - 1, 0, -1)
-    ]
-    return min(cuts, key=lambda cut: max(cut) / min(cut))
+    @functools.cached_property
+    def groups(self) -> dict[str, tuple[Group, ...]]:
+        """The blocks of every stack, by what their exchange has in common."""
+        found: dict[str, dict[tuple[Axes, int, int, Axes], list[tuple[Pool, Box]]]] = {}
+        for pool, box in self.members:
+            pairs = zip(box.part, box.stacked, strict=True)
+            split = [dim for dim, (part, whole) in enumerate(pairs) if part < whole]
+            dim = split[0] if split else 0
+            axes: Axes = ()
+            if split:
+                folded = len(box.whole) - 1 - dim if box.turned else dim
+                axes = pool.route.shards[folded]
+            parts = box.stacked[dim] // box.part[dim]
+            alike = axes, dim, parts, pool.route.dealt
+            found.setdefault(box.key, {}).setdefault(alike, []).append((pool, box))
+        return {
+            key: tuple(
+                Group(tuple(boxes), axes, dim, n, dealt, _size(dealt, self.axis_sizes))
+                for (axes, dim, n, dealt), boxes in groups.items()
+            )
+            for key, groups in found.items()
+        }
 
 
-def merge(shape: Shape, *, threshold: float, target: float) -> Shape:
-    """The reference folding: Meta's ``merge_small_dims``.
-
-    Dimensions of size one are dropped; then, from the last to the first, a
-    dimension joins its right neighbour while the product stays within
-    ``threshold`` and the number of dimensions above ``target``.
-
-    Args:
-      shape: of the parameter.
-      threshold: largest merged dimension, may be infinite.
-      target: dimensionality at which merging stops; infinite keeps the shape.
-
-    Returns:
-      The merged shape; ``(1,)`` for a scalar.
-
-    Example:
-      >>> merge((64, 3, 7, 7), threshold=1024, target=1)
-      (64, 147)
-      >>> merge((10, 20), threshold=1024, target=1)
-      (200,)
-    """
-    if target == math.inf:
-        return shape or (1,)
-    dims = [d for d in shape if d != 1] or [1]
-    merged = [dims.pop()]
-    while dims:
-        size = dims[-1] * merged[0]
-        if len(merged) + len(dims) > target and size <= threshold:
-            merged[0] = size
-        else:
-            merged.insert(0, dims[-1])
-        dims.pop()
-    return tuple(merged)
+def _size(axes: Axes, axis_sizes: tuple[tuple[str, int], ...]) -> int:
+    sizes = dict(axis_sizes)
+    return math.prod(sizes[axis] for axis in axes)
 
 
-def cut(
+def block_sides(
     shape: Shape, block_size: float, *, one_sided_above: float = math.inf
-) -> tuple[Box, ...]:
-    """Cut a shape into boxes of equal blocks; the last block may be smaller.
+) -> Shape:
+    """The size of a block along each dimension.
 
     The longer side of a matrix is left whole where it is above ``one_sided_above``.
 
     Example:
-      >>> [(box.grid, box.block) for box in cut((10, 4), 4)]
-      [((2, 1), (4, 4)), ((1, 1), (2, 4))]
-      >>> [(box.grid, box.block) for box in cut((10, 8), 4, one_sided_above=9)]
-      [((1, 2), (10, 4))]
+      >>> block_sides((10, 4), 8), block_sides((10, 4), 2, one_sided_above=9)
+      ((8, 4), (10, 2))
     """
     longest = max(shape, default=0)
     whole = len(shape) == 2 and longest > one_sided_above
     uncut = shape.index(longest) if whole else None
-    sides = []
-    for dim, size in enumerate(shape):
-        block = size if dim == uncut or block_size >= size else int(block_size)
-        full, edge = divmod(size, block)
-        side = [(0, full, block)] + ([(full * block, 1, edge)] if edge else [])
-        sides.append(side)
-    return tuple(Box(*zip(*side, strict=True)) for side in itertools.product(*sides))
+    return tuple(
+        size if dim == uncut or block_size >= size else int(block_size)
+        for dim, size in enumerate(shape)
+    )
+
+
+def cut(
+    shape: Shape, sides: Shape, *, shards: Shape | None = None, turn: bool = False
+) -> tuple[Box, ...]:
+    """Cut a shape into boxes of equal blocks; the last block may be smaller.
+
+    Args:
+      shape: whole.
+      sides: of a block, from :func:`block_sides`.
+      shards: in how many pieces each dimension lies on several devices; the boxes are
+        those of one device.
+      turn: let stacks hold a wide matrix transposed, so that ``384x1024`` and
+        ``1024x384`` are one stack.
+
+    Returns:
+      The boxes.
+
+    Example:
+      >>> [(box.grid, box.block) for box in cut((10, 4), (4, 4))]
+      [((2, 1), (4, 4)), ((1, 1), (2, 4))]
+      >>> [(box.block, box.whole) for box in cut((8, 4), (4, 4), shards=(4, 1))]
+      [((2, 4), (4, 4))]
+    """
+    by_dim: list[list[tuple[int, int, int, int]]] = []
+    pieces = shards or (1,) * len(shape)
+    for size, block, number in zip(shape, sides, pieces, strict=True):
+        local = size // number
+        if local < block:  # a device holds a part of one block
+            by_dim.append([(0, 1, local, block)])
+            continue
+        full, edge = divmod(local, block)
+        side = [(0, full, block, block)]
+        by_dim.append(side + ([(full * block, 1, edge, edge)] if edge else []))
+    boxes = []
+    for chosen in itertools.product(*by_dim):
+        start, grid, part, whole = (tuple(side[i] for side in chosen) for i in range(4))
+        turned = turn and len(whole) == 2 and whole[0] < whole[1]
+        boxes.append(Box(start, grid, part, whole, turned))
+    return tuple(boxes)
 
 
 @functools.lru_cache(maxsize=256)
 def make_plan(
-    folded: tuple[tuple[Shape, int, Shape | None], ...],
+    leaves: tuple[Leaf, ...],
     block_size: float,
     one_sided_above: float = math.inf,
+    *,
+    turn: bool = False,
+    axis_sizes: tuple[tuple[str, int], ...] = (),
+    block_axes: Axes = (),
 ) -> Plan:
     """Pool folded leaves and cut the pools.
 
     Args:
-      folded: for each leaf its shape, the number of arrays its batch axes hold, and
-        its folded shape, or None where it is not blocked.
+      leaves: with their folded shapes and routes.
       block_size: largest dimension of a block, may be infinite.
-      one_sided_above: see :func:`cut`.
+      one_sided_above: see :func:`block_sides`.
+      turn: see :func:`cut`.
+      axis_sizes: of the mesh.
+      block_axes: over which stacks are spread.
 
     Returns:
       The plan; the same object for the same arguments.
 
     Example:
-      >>> make_plan((((2, 8, 6), 2, (8, 6)), ((8, 6), 1, (8, 6))), 8).stacks
+      >>> scanned = Leaf((2, 8, 6), (2, 8, 6), 2, (8, 6))
+      >>> make_plan((scanned, Leaf((8, 6), (8, 6), 1, (8, 6))), 8).stacks
       {'8x6': (3, 8, 6)}
     """
-    pools: dict[Shape, list[tuple[int, int]]] = {}
+    pools: dict[tuple[Shape, Route], list[tuple[int, int]]] = {}
     rest = []
-    for position, (_, batch, dims) in enumerate(folded):
-        if dims is None:
+    for position, leaf in enumerate(leaves):
+        if leaf.dims is None:
             rest.append(position)
         else:
-            pools.setdefault(dims, []).append((position, batch))
-    return Plan(
-        shapes=tuple(shape for shape, _, _ in folded),
-        pools=tuple(
+            member = position, leaf.batch
+            pools.setdefault((leaf.dims, leaf.route), []).append(member)
+    made = []
+    for (dims, route), members in pools.items():
+        sides = block_sides(dims, block_size, one_sided_above=one_sided_above)
+        shards = tuple(_size(axes, axis_sizes) for axes in route.shards)
+        shards = shards or (1,) * len(dims)
+        local = tuple(d // n for d, n in zip(dims, shards, strict=True))
+        made.append(
             Pool(
-                shape=dims,
+                shape=local,
                 leaves=tuple(leaf for leaf, _ in members),
                 batches=tuple(batch for _, batch in members),
-                boxes=cut(dims, block_size, one_sided_above=one_sided_above),
+                boxes=cut(dims, sides, shards=shards, turn=turn),
+                route=route,
+                held=_before(local, route, axis_sizes),
             )
-            for dims, members in pools.items()
-        ),
-        rest=tuple(rest),
+        )
+    return Plan(leaves, tuple(made), tuple(rest), axis_sizes, block_axes)
+
+
+def _before(
+    shape: Shape, route: Route, axis_sizes: tuple[tuple[str, int], ...]
+) -> Shape | None:
+    """A folded shape on one device before it was cut along another dimension."""
+    if route.resharded is None:
+        return None
+    axes, here, there = route.resharded
+    number = _size(axes, axis_sizes)
+    return tuple(
+        size // number if dim == here else size * number if dim == there else size
+        for dim, size in enumerate(shape)
     )

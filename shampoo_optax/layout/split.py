@@ -7,12 +7,14 @@ of a hundred equal layers costs one reshape, not a hundred.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from shampoo_optax.layout import exchange
 from shampoo_optax.layout.plan import Box, Plan, Pool
 
 Stacks = dict[str, jax.Array]
@@ -22,7 +24,8 @@ def split(leaves: Mapping[int, jax.Array], plan: Plan) -> Stacks:
     """Cut the blocked leaves of a flattened tree into stacks.
 
     Args:
-      leaves: at least the blocked leaves, by position.
+      leaves: at least the blocked leaves, by position; under ``shard_map`` a device's
+        own shards.
       plan: from :meth:`BlockLayout.plan`.
 
     Returns:
@@ -35,16 +38,23 @@ def split(leaves: Mapping[int, jax.Array], plan: Plan) -> Stacks:
       >>> split({0: jnp.arange(8.0).reshape(4, 2)}, plan)["2x2"].shape
       (2, 2, 2)
     """
-    pieces: dict[str, list[jax.Array]] = {}
+    cells: dict[tuple[Pool, Box], jax.Array] = {}
     for pool in plan.pools:
+        shape = pool.held or pool.shape
         arrays = [
-            jnp.reshape(leaves[leaf], (batch, *pool.shape))
+            jnp.reshape(exchange.gather(leaves[leaf], pool.route), (batch, *shape))
             for leaf, batch in zip(pool.leaves, pool.batches, strict=True)
         ]
-        pooled = _concatenate(arrays, 0)
+        pooled = exchange.reshard(_concatenate(arrays, 0), pool.route)
         for box in pool.boxes:
-            pieces.setdefault(box.key, []).append(_to_blocks(pooled, box))
-    return {key: _concatenate(blocks, 0) for key, blocks in pieces.items()}
+            cells[pool, box] = _to_blocks(pooled, box)
+    stacks = {}
+    for key, groups in plan.groups.items():
+        held = [_concatenate([cells[m] for m in group.members], 0) for group in groups]
+        dtype = promoted(*(x.dtype for x in held))
+        owned = exchange.to_owners([x.astype(dtype) for x in held], groups)
+        stacks[key] = _concatenate(owned, 0)
+    return stacks
 
 
 def join(
@@ -67,21 +77,24 @@ def join(
       >>> bool((join(split({0: w}, plan), plan, [w.dtype])[0] == w).all())
       True
     """
-    taken = dict.fromkeys(stacks, 0)
+    cells: dict[tuple[Pool, Box], jax.Array] = {}
+    for key, groups in plan.groups.items():
+        owned = exchange.pieces(stacks[key], [group.slots for group in groups])
+        for group, held in zip(
+            groups, exchange.from_owners(owned, groups), strict=True
+        ):
+            sizes = [pool.cells(box) for pool, box in group.members]
+            cells |= zip(group.members, exchange.pieces(held, sizes), strict=True)
     leaves = {}
     traced = any(isinstance(stack, jax.core.Tracer) for stack in stacks.values())
-    starts = _opaque(_starts(plan)) if traced else {}
+    starts = opaque(_starts(plan)) if traced else {}
     for pool in plan.pools:
-        boxes = []
-        for box in pool.boxes:
-            number = sum(pool.batches) * _number(box)
-            begin = taken[box.key]
-            blocks = lax.slice_in_dim(stacks[box.key], begin, begin + number)
-            taken[box.key] = begin + number
-            boxes.append(_from_blocks(blocks, box))
-        arrays = _unpool(_assemble(boxes, pool), pool.batches, starts)
+        boxes = [_from_blocks(cells[pool, box], box) for box in pool.boxes]
+        pooled = exchange.reshard(_assemble(boxes, pool), pool.route, back=True)
+        arrays = _unpool(pooled, pool.batches, starts)
         for leaf, array in zip(pool.leaves, arrays, strict=True):
-            leaves[leaf] = jnp.reshape(array, plan.shapes[leaf]).astype(dtypes[leaf])
+            whole = jnp.reshape(array, plan.leaves[leaf].local)
+            leaves[leaf] = exchange.ungather(whole, pool.route).astype(dtypes[leaf])
     return leaves
 
 
@@ -96,34 +109,30 @@ def promoted(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
         return jnp.result_type(*dtypes)
 
 
-def _number(box: Box) -> int:
-    number = 1
-    for size in box.grid:
-        number *= size
-    return number
-
-
 def _to_blocks(pooled: jax.Array, box: Box) -> jax.Array:
     """``[n, ...]`` to ``[n * blocks, *block]``, blocks of one array together."""
     piece = lax.slice(pooled, (0, *box.start), (pooled.shape[0], *box.stop))
-    if _number(box) == 1:
-        return piece
     order = len(box.block)
-    sides = zip(box.grid, box.block, strict=True)
-    gridded = piece.reshape(-1, *(size for side in sides for size in side))
-    axes = (0, *range(1, 2 * order, 2), *range(2, 2 * order + 1, 2))
-    return lax.transpose(gridded, axes).reshape(-1, *box.block)
+    sides = list(range(2, 2 * order + 1, 2))
+    if box.turned:
+        sides.reverse()
+    elif math.prod(box.grid) == 1:
+        return piece
+    shape = (size for side in zip(box.grid, box.block, strict=True) for size in side)
+    gridded = piece.reshape(-1, *shape)
+    axes = (0, *range(1, 2 * order, 2), *sides)
+    return lax.transpose(gridded, axes).reshape(-1, *box.part)
 
 
 def _from_blocks(blocks: jax.Array, box: Box) -> jax.Array:
     """The inverse of :func:`_to_blocks`, of one box."""
-    if _number(box) == 1:
+    if math.prod(box.grid) == 1 and not box.turned:
         return blocks
     order = len(box.block)
-    gridded = blocks.reshape(-1, *box.grid, *box.block)
+    gridded = blocks.reshape(-1, *box.grid, *box.part)
     axes = [0]
     for dim in range(order):
-        axes += [1 + dim, 1 + order + dim]
+        axes += [1 + dim, 1 + order + (order - 1 - dim if box.turned else dim)]
     shape = (g * b for g, b in zip(box.grid, box.block, strict=True))
     return lax.transpose(gridded, axes).reshape(-1, *shape)
 
@@ -152,7 +161,7 @@ def _starts(plan: Plan) -> list[int]:
     return sorted(starts)
 
 
-def _opaque(numbers: list[int]) -> dict[int, jax.Array]:
+def opaque(numbers: list[int]) -> dict[int, jax.Array]:
     """Numbers as scalars whose value XLA's CPU compiler does not see.
 
     A slice at a constant place is a kernel of its own there, 12 ms of LLVM for each

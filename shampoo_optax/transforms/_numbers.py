@@ -34,6 +34,15 @@ def bias_correction(
     return jnp.where(decay < 1, correction, jnp.ones_like(correction))
 
 
+def over(array: jax.Array, number: jax.Array) -> jax.Array:
+    """An array over a scalar, as a product with its reciprocal.
+
+    XLA divides, or multiplies by the reciprocal, as the rest of the program has it;
+    the two differ in the last bit, and so would programs for one and for two devices.
+    """
+    return array * (1.0 / number)
+
+
 def new_weight(decay: ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
     """The weight of the new sample: ``1 - decay``, or 1 where ``decay`` is 1."""
     # 1 - decay is taken before the cast: in float32, 1 - 0.999 has four digits.

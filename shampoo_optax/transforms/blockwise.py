@@ -9,11 +9,17 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_optax import _checks
-from shampoo_optax.layout import placement
 from shampoo_optax.layout.block_layout import BlockLayout
-from shampoo_optax.layout.plan import Plan
-from shampoo_optax.layout.split import join, promoted, split
+from shampoo_optax.layout.split import join, split
 from shampoo_optax.transforms import _since_init
+from shampoo_optax.transforms._spread import (
+    Body,
+    Leaves,
+    one_by_one,
+    place_blocks,
+    spread,
+)
+from shampoo_optax.transforms._tree import Tree
 
 
 class BlockwiseState(NamedTuple):
@@ -53,7 +59,7 @@ def blockwise(
       >>> tx = blockwise(kronecker(), BlockLayout(max_preconditioner_dim=4))
       >>> state = tx.init({"w": jnp.zeros((10, 4)), "b": jnp.zeros(4)})
       >>> jax.tree.map(jnp.shape, state.blocks.factors)
-      {'2x4': {'0': (1, 2, 2), '1': (1, 4, 4)}, '4x4': {'0': (2, 4, 4), '1': (2, 4, 4)}}
+      {'4x2': {'0': (1, 4, 4), '1': (1, 2, 2)}, '4x4': {'0': (2, 4, 4), '1': (2, 4, 4)}}
     """
     inner = optax.with_extra_args_support(inner)
     outer = optax.with_extra_args_support(optax.identity() if rest is None else rest)
@@ -61,20 +67,20 @@ def blockwise(
     def init_fn(params: optax.Params) -> BlockwiseState:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             _checks.leaf("blockwise.init", path, leaf)
-        return state_for(params)
+        return state_for(Tree(params, layout))
 
-    def state_for(params: optax.Params) -> BlockwiseState:
-        tree = _Tree(params, layout)
+    def state_for(tree: Tree) -> BlockwiseState:
         if not tree.leaves:
             # optax.tree.map_params asks for the state of a tree without leaves, and
             # takes it for a prefix of the real one: an array stands for any stacks.
-            return BlockwiseState(jnp.zeros([]), outer.init(params))
+            return BlockwiseState(jnp.zeros([]), outer.init(tree.rest()))
         dtypes = tree.stack_dtypes()
         stacks = {
             key: jnp.zeros(shape, dtypes[key])
             for key, shape in tree.plan.stacks.items()
         }
-        return BlockwiseState(inner.init(stacks), outer.init(tree.rest()))
+        blocks = place_blocks(inner.init(stacks), tree)
+        return BlockwiseState(blocks, outer.init(tree.rest()))
 
     def update_fn(
         updates: optax.Updates,
@@ -84,108 +90,51 @@ def blockwise(
         raw_gradient: optax.Updates | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, BlockwiseState]:
-        tree = _Tree(updates, layout)
+        tree = Tree(updates, layout)
         # Nothing of init is kept in Python: what it would make now tells what changed.
-        wanted = jax.eval_shape(state_for, tree.abstract())
+        wanted = jax.eval_shape(
+            lambda like: state_for(Tree(like, layout, tree.specs)), tree.abstract()
+        )
         _since_init.check(state, wanted, tree.names, tree.plan)
         if not tree.leaves:
             return updates, state
         model = None if params is None else tree.sibling(params, "params")
-        # Inside, the leading axis holds blocks: a norm there is that of a block.
-        extras = {**extra, "stacked": True}, dict(extra)
+        given, loose_extra = {"updates": tree.blocked()}, dict(extra)
+        if model is not None:
+            given["params"] = model.blocked()
         if raw_gradient is not None:
             raw = tree.sibling(raw_gradient, "raw_gradient")
-            extras[0]["raw_gradient"], extras[1]["raw_gradient"] = (
-                raw.stacks(),
-                raw.rest(),
-            )
-        stacks, blocks = inner.update(
-            tree.stacks(),
-            state.blocks,
-            None if model is None else model.stacks(),
-            **extras[0],
-        )
+            given["raw_gradient"] = raw.blocked()
+            loose_extra["raw_gradient"] = raw.rest()
+
+        body = _on_blocks(inner, tree, extra)
+        joined, blocks = spread(body, tree, given, state.blocks)
         loose, rest_state = outer.update(
             tree.rest(),
             state.rest,
             None if model is None else model.rest(),
-            **extras[1],
+            **loose_extra,
         )
-        return tree.rebuild(stacks, loose), BlockwiseState(blocks, rest_state)
+        return tree.rebuild(joined, loose), BlockwiseState(blocks, rest_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-class _Tree:
-    """A flattened tree with its plan: what the door knows while it is open."""
+def _on_blocks(
+    inner: optax.GradientTransformationExtraArgs, tree: Tree, extra: dict[str, Any]
+) -> Body:
+    """What every device does: cut, update its own blocks, put together."""
+    layout, plan = tree.layout, tree.plan
+    update = one_by_one(inner.update) if layout.deterministic else inner.update
+    dtypes = [jnp.result_type(leaf) for leaf in tree.leaves]
 
-    def __init__(self, tree: Any, layout: BlockLayout) -> None:
-        paths, self.treedef = jax.tree_util.tree_flatten_with_path(tree)
-        self.names = [_checks.name_of(path) for path, _ in paths]
-        self.leaves = [leaf for _, leaf in paths]
-        self.layout = layout
-        shapes = [tuple(jnp.shape(leaf)) for leaf in self.leaves]
-        self.plan: Plan = layout.plan(self.names, shapes)
+    def body(given: dict[str, Leaves], blocks: Any) -> tuple[Leaves, Any]:
+        inside: dict[str, Any] = {k: split(leaves, plan) for k, leaves in given.items()}
+        stacks, params = inside.pop("updates"), inside.pop("params", None)
+        # The leading axis holds blocks: a norm in there is that of a block.
+        stacks, blocks = update(stacks, blocks, params, **extra, **inside, stacked=True)
+        if tree.mesh is not None and layout.exchange_dtype is not None:
+            stacks = {k: x.astype(layout.exchange_dtype) for k, x in stacks.items()}
+        return join(stacks, plan, dtypes), blocks
 
-    def abstract(self) -> Any:
-        """The tree's shapes and dtypes, which a state is made for."""
-        leaves = [
-            jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
-            for leaf in self.leaves
-        ]
-        return jax.tree.unflatten(self.treedef, leaves)
-
-    def stack_dtypes(self) -> dict[str, jnp.dtype]:
-        """The dtype of each stack: promoted over its members."""
-        members: dict[str, list[Any]] = {}
-        for pool, box in self.plan.members:
-            dtypes = [jnp.result_type(self.leaves[i]) for i in pool.leaves]
-            members.setdefault(box.key, []).extend(dtypes)
-        return {key: promoted(*dtypes) for key, dtypes in members.items()}
-
-    def stacks(self) -> dict[str, jax.Array]:
-        """The blocked leaves, cut."""
-        leaves = {
-            i: placement.replicated(jnp.asarray(self.leaves[i]))
-            for pool in self.plan.pools
-            for i in pool.leaves
-        }
-        return split(leaves, self.plan)
-
-    def rest(self) -> Any:
-        """The tree with the blocked leaves masked, as ``optax.masked`` does it."""
-        loose = set(self.plan.rest)
-        leaves = [
-            leaf if i in loose else optax.MaskedNode()
-            for i, leaf in enumerate(self.leaves)
-        ]
-        return jax.tree.unflatten(self.treedef, leaves)
-
-    def rebuild(self, stacks: dict[str, jax.Array], loose: Any) -> Any:
-        """The tree back from its two parts."""
-        dtypes = [jnp.result_type(leaf) for leaf in self.leaves]
-        joined = join(stacks, self.plan, dtypes)
-        leaves = dict(zip(self.plan.rest, jax.tree.leaves(loose), strict=True))
-        for i, leaf in joined.items():
-            leaves[i] = placement.like(leaf, jnp.asarray(self.leaves[i]))
-        return jax.tree.unflatten(self.treedef, [leaves[i] for i in range(len(leaves))])
-
-    def sibling(self, tree: Any, what: str) -> _Tree:
-        """Another tree of the same parameters; raise where it is not."""
-        other = _Tree(tree, self.layout)
-        if other.names != self.names:
-            odd = sorted(set(other.names) ^ set(self.names)) or other.names
-            raise ValueError(
-                f"blockwise.update: updates and {what} are different trees; first "
-                f"difference at parameter '{odd[0]}'. Pass gradients and parameters of "
-                "one model."
-            )
-        for name, mine, its in zip(
-            self.names, self.plan.shapes, other.plan.shapes, strict=True
-        ):
-            if mine != its:
-                raise ValueError(
-                    f"blockwise.update: parameter '{name}' has shape {mine} in updates "
-                    f"and {its} in {what}; wanted one shape."
-                )
-        return other
+    return body

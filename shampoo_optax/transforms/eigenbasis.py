@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +19,9 @@ from shampoo_optax.transforms._numbers import wide
 from shampoo_optax.transforms.factors import Matrices, Stacks, Statistics
 from shampoo_optax.transforms.moment import Moment, NullSpace
 from shampoo_optax.transforms.refresh import Refresh
+from shampoo_optax.transforms.units import Units, grouped, refreshed
+
+Refreshed = tuple[Matrices, Matrices, Matrices]  # bases, null spaces, failures
 
 
 class EigenbasisState(NamedTuple):
@@ -29,7 +32,7 @@ class EigenbasisState(NamedTuple):
     bases: Matrices  # eigenvectors of the factors in columns, the identity at first
     null: Matrices  # {stack: {dimension: [n, d]}}, bool: columns of the null space
     nu: Stacks  # second moments in the basis, float32 at least
-    failures: dict[str, jax.Array]  # [n], int32: refused refreshes in a row
+    failures: Matrices  # [n], int32: refused refreshes in a row
 
 
 def eigenbasis(
@@ -128,7 +131,7 @@ def eigenbasis(
             statistics.identities(stacks, dims),
             jax.tree.map(lambda a: jnp.zeros(a.shape[:2], bool), factors),
             {k: jnp.zeros(x.shape, wide(x.dtype)) for k, x in stacks.items()},
-            {k: jnp.zeros(x.shape[0], jnp.int32) for k, x in stacks.items()},
+            statistics.no_failures(factors),
         )
 
     def update_fn(
@@ -145,15 +148,15 @@ def eigenbasis(
         measure = partial(measured.measure, gradients, state.factors, state.bases)
         factors, samples = refresh.measured(count, measure, state.factors)
 
-        def refreshed() -> tuple[Matrices, Matrices, dict[str, jax.Array]]:
-            return _refresh(
-                measured.targets(factors, samples, eps), state, basis, ridge
-            )
+        def solve(phase: jax.Array | None, old: Refreshed) -> Refreshed:
+            share = partial(Units, factors, phase=phase, phases=refresh.shares)
+            return _refresh(share, factors, target, old, basis, ridge)
 
-        def kept() -> tuple[Matrices, Matrices, dict[str, jax.Array]]:
-            return state.bases, state.null, state.failures
+        def target(batch: jax.Array) -> jax.Array:
+            return measured.target(batch, samples, eps)
 
-        q, null, failures = jax.lax.cond(refresh.due(count), refreshed, kept)
+        old = state.bases, state.null, state.failures
+        q, null, failures = refreshed(refresh, count, solve, old)
         new_nu, new_updates = {}, {}
         for key, update in updates.items():
             new_updates[key], new_nu[key] = _turned(
@@ -201,27 +204,27 @@ def _turned(
 
 
 def _refresh(
-    targets: Matrices,
-    state: EigenbasisState,
+    share: Callable[..., Units],
+    factors: Matrices,
+    target: Callable[[jax.Array], jax.Array],
+    old: Refreshed,
     basis: bases.BasisMethod,
     ridge: ArrayLike,
-) -> tuple[Matrices, Matrices, dict[str, jax.Array]]:
-    """All bases anew, one batched call per size; the old ones where refused."""
-    vectors: Matrices = {key: {} for key in targets}
-    null: Matrices = {key: {} for key in targets}
-    refused = {key: jnp.zeros(n.shape, bool) for key, n in state.failures.items()}
-    for members in statistics.grouped(targets):
-        batch = statistics.gathered(targets, members)
-        old = statistics.gathered(state.bases, members)
-        found = bases.new_basis(basis, batch, old, ridge=ridge)
-        first = 0
-        for key, dim in members:
-            last = first + targets[key][dim].shape[0]
-            accepted = found.accepted[first:last]
-            vectors[key][dim] = found.vectors[first:last]
-            null[key][dim] = jnp.where(
-                accepted[:, None], found.null[first:last], state.null[key][dim]
-            )
-            refused[key] |= ~accepted
-            first = last
-    return vectors, null, statistics.count_failures(state.failures, refused)
+) -> Refreshed:
+    """Bases anew, one batched call per size; the old ones where refused."""
+    for members in grouped(factors):
+        units = share(members=members)
+
+        def solve(old: Refreshed, units: Units = units) -> Refreshed:
+            vectors, null, failures = jax.tree.map(lambda x: x, old)  # to change
+            batch, before = target(units.take(factors)), units.take(vectors)
+            found = bases.new_basis(basis, batch, before, ridge=ridge)
+            good = found.accepted
+            was, count = units.take(null), units.take(failures)
+            units.put(vectors, found.vectors)
+            units.put(null, jnp.where(good[:, None], found.null, was))
+            units.put(failures, jnp.where(good, 0, count + 1))
+            return vectors, null, failures
+
+        old = units.run(solve, old)
+    return old

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from shampoo_optax import _checks
 from shampoo_optax.linalg import modes
 from shampoo_optax.transforms._numbers import bias_correction as correction_of
-from shampoo_optax.transforms._numbers import block_norm, new_weight, scalar, wide
+from shampoo_optax.transforms._numbers import block_norm, new_weight, over, scalar, wide
 
 Stacks = dict[str, jax.Array]
 # {stack: {dimension: [n, d, d]}}; dimensions are strings so that a checkpoint can
@@ -76,7 +76,7 @@ class Statistics:
             seen = self._seen(gradients, dim, roots)
             gram = modes.gram(seen, int(dim), dtype)
             if self.correction == "kl":
-                gram = gram / (math.prod(gradients.shape[1:]) / factor.shape[-1])
+                gram = gram * (factor.shape[-1] / math.prod(gradients.shape[1:]))
             weight = new_weight(self.b2 if self.weighted else 1.0, dtype)
             decayed = scalar(self.b2, dtype) * factor + weight * gram
             new[dim] = jnp.where(finite, decayed, factor)
@@ -92,20 +92,16 @@ class Statistics:
         dtype = next(iter(others.values())).dtype
         return modes.mode_products(gradients.astype(dtype), others)
 
-    def targets(self, factors: Matrices, count: jax.Array, eps: ArrayLike) -> Matrices:
+    def target(self, factors: jax.Array, count: jax.Array, eps: ArrayLike) -> jax.Array:
         """The matrices whose roots or bases are wanted, after ``count`` samples."""
-
-        def target(factor: jax.Array) -> jax.Array:
-            dtype = factor.dtype
-            if self.bias_correction and self.weighted:
-                factor = factor / correction_of(self.b2, count, dtype)
-            if self.trace_scaling is not None:
-                trace = jnp.trace(factor, axis1=-2, axis2=-1)
-                scale = jnp.maximum(trace, scalar(eps, dtype)) ** -self.trace_scaling
-                factor = factor * scale[:, None, None]
-            return factor
-
-        return jax.tree.map(target, factors)
+        dtype = factors.dtype
+        if self.bias_correction and self.weighted:
+            factors = over(factors, correction_of(self.b2, count, dtype))
+        if self.trace_scaling is not None:
+            trace = jnp.trace(factors, axis1=-2, axis2=-1)
+            scale = jnp.maximum(trace, scalar(eps, dtype)) ** -self.trace_scaling
+            factors = factors * scale[:, None, None]
+        return factors
 
 
 def zeros(stacks: Stacks, dims: dict[str, list[int]]) -> Matrices:
@@ -155,26 +151,6 @@ def check_stacks(call: str, stacks: Any, *, order: int | None = None) -> None:
             )
 
 
-def count_failures(
-    failures: dict[str, jax.Array], refused: dict[str, jax.Array]
-) -> dict[str, jax.Array]:
-    """Refused refreshes in a row, block by block."""
-    return {key: jnp.where(refused[key], n + 1, 0) for key, n in failures.items()}
-
-
-def grouped(
-    targets: Matrices, static: dict[str, dict[int, Any]] | None = None
-) -> list[list[tuple[str, str]]]:
-    """Members of one size, dtype and static value: one batched call for each group."""
-    groups: dict[Any, list[tuple[str, str]]] = {}
-    for key, by_dim in targets.items():
-        for dim, target in by_dim.items():
-            value = None if static is None else static[key][int(dim)]
-            same = (target.shape[-1], target.dtype, value)
-            groups.setdefault(same, []).append((key, dim))
-    return list(groups.values())
-
-
-def gathered(matrices: Matrices, members: list[tuple[str, str]]) -> jax.Array:
-    """The matrices of a group as one batch."""
-    return jnp.concatenate([matrices[key][dim] for key, dim in members])
+def no_failures(factors: Matrices) -> Matrices:
+    """Refused refreshes in a row, of every matrix, before the first step."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape[0], jnp.int32), factors)

@@ -10,7 +10,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from shampoo_optax import _checks
-from shampoo_optax.transforms._numbers import scalar, wide
+from shampoo_optax.transforms._numbers import over, scalar, wide
 
 
 class FilterState(NamedTuple):
@@ -87,7 +87,7 @@ def filter_gradient(
         def corrected(f: jax.Array, g: jax.Array) -> jax.Array:
             if bias_correction:
                 before = scalar(b1, f.dtype) ** (count - 1).astype(f.dtype)
-                f = f / (1.0 - scalar(b1 if b3 is None else b3, f.dtype) * before)
+                f = over(f, 1.0 - scalar(b1 if b3 is None else b3, f.dtype) * before)
             return f.astype(jnp.result_type(g))
 
         mu = jax.tree.map(lambda m, g: average(b1, m, g), state.mu, updates)

@@ -20,6 +20,7 @@ from shampoo_optax.transforms._numbers import (
     NORM_EPS,
     block_norm,
     new_weight,
+    over,
     scalar,
     wide,
 )
@@ -227,7 +228,7 @@ def _second_moment(
 
         def scale(u: jax.Array, nu: jax.Array) -> jax.Array:
             if bias_correction:
-                nu = nu / correction_of(b2, count, nu.dtype)
+                nu = over(nu, correction_of(b2, count, nu.dtype))
             scaled = jnp.asarray(u, nu.dtype) / (jnp.sqrt(nu) + scalar(eps, nu.dtype))
             return scaled.astype(jnp.result_type(u))
 

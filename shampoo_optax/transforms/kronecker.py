@@ -18,8 +18,9 @@ from shampoo_optax.transforms import factors as statistics
 from shampoo_optax.transforms.exponents import Exponents, ExponentTable
 from shampoo_optax.transforms.factors import Correction, Matrices, Stacks, Statistics
 from shampoo_optax.transforms.refresh import Refresh
+from shampoo_optax.transforms.units import Units, grouped, refreshed
 
-Refreshed = tuple[Matrices, dict[str, jax.Array], Matrices | None]
+Refreshed = tuple[Matrices, Matrices, Matrices | None]  # roots, failures, bases
 Solved = tuple[jax.Array, jax.Array, jax.Array | None]  # root, accepted, basis
 Solver = Callable[[jax.Array, jax.Array | None, float], Solved]  # matrices, old basis
 
@@ -30,7 +31,7 @@ class KroneckerState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # [], int32: steps taken
     factors: Matrices  # sums or averages of Gram matrices
     roots: Matrices  # inverse roots of the factors, the identity at first
-    failures: dict[str, jax.Array]  # [n], int32: refused refreshes in a row
+    failures: Matrices  # [n], int32: refused refreshes in a row
     bases: Matrices | None  # eigenvectors in columns, where roots are made of them
 
 
@@ -123,7 +124,7 @@ def kronecker(
     _checks.whole(call, "largest_factor", largest_factor, low=1, infinite=True)
     measured = Statistics(b2, bias_correction, weighted, trace_scaling, correction)
     measured.check(call)
-    solve = _solver(root, basis, eps, eps_rel)
+    solver = _solver(root, basis, eps, eps_rel)
     # Each factor of KL-Shampoo is a covariance: its whitening has exponent 1/2.
     table = ExponentTable(
         call,
@@ -140,12 +141,12 @@ def kronecker(
             dims[key] = list(powers)
             for power in powers.values():
                 root.check(1.0 / power)
-        failures = {k: jnp.zeros(x.shape[0], jnp.int32) for k, x in stacks.items()}
+        factors = statistics.zeros(stacks, dims)
         return KroneckerState(
             jnp.zeros([], jnp.int32),
-            statistics.zeros(stacks, dims),
+            factors,
             statistics.identities(stacks, dims),
-            failures,
+            statistics.no_failures(factors),
             None if basis is None else statistics.identities(stacks, dims),
         )
 
@@ -163,15 +164,17 @@ def kronecker(
         measure = partial(measured.measure, gradients, state.factors, state.roots)
         factors, samples = refresh.measured(count, measure, state.factors)
 
-        def refreshed() -> Refreshed:
-            targets = measured.targets(factors, samples, eps)
-            powers = {key: table.of(stack) for key, stack in updates.items()}
-            return _refresh(targets, powers, state, solve)
+        powers = {key: table.of(stack) for key, stack in updates.items()}
 
-        def kept() -> Refreshed:
-            return state.roots, state.failures, state.bases
+        def solve(phase: jax.Array | None, old: Refreshed) -> Refreshed:
+            share = partial(Units, factors, phase=phase, phases=refresh.shares)
+            return _refresh(share, factors, target, powers, old, solver)
 
-        new = jax.lax.cond(refresh.due(count), refreshed, kept)
+        def target(batch: jax.Array) -> jax.Array:
+            return measured.target(batch, samples, eps)
+
+        old = state.roots, state.failures, state.bases
+        new = refreshed(refresh, count, solve, old)
         updates = {key: _apply(x, new[0][key]) for key, x in updates.items()}
         return updates, KroneckerState(count, factors, *new)
 
@@ -212,32 +215,34 @@ def _solver(
 
 
 def _refresh(
-    targets: Matrices,
+    share: Callable[..., Units],
+    factors: Matrices,
+    target: Callable[[jax.Array], jax.Array],
     powers: dict[str, dict[int, float]],
-    state: KroneckerState,
-    solve: Solver,
+    old: Refreshed,
+    solver: Solver,
 ) -> Refreshed:
-    """All roots anew, one batched call per size and exponent; the old where refused."""
-    new: Matrices = {key: {} for key in targets}
-    cached: Matrices | None = None if state.bases is None else {k: {} for k in targets}
-    refused = {key: jnp.zeros(n.shape, bool) for key, n in state.failures.items()}
-    for members in statistics.grouped(targets, powers):
+    """Roots anew, one batched call per size and exponent; the old where refused."""
+    for members in grouped(factors, powers):
+        units = share(members=members)
         power = powers[members[0][0]][int(members[0][1])]
-        batch = statistics.gathered(targets, members)
-        old = None if state.bases is None else statistics.gathered(state.bases, members)
-        root, accepted, vectors = solve(batch, old, power)
-        first = 0
-        for key, dim in members:
-            here = slice(first, first + targets[key][dim].shape[0])
-            first = here.stop
-            keep = ~accepted[here]
-            refused[key] |= keep
-            new[key][dim] = jnp.where(
-                keep[:, None, None], state.roots[key][dim], root[here]
-            )
-            if cached is not None and vectors is not None:
-                cached[key][dim] = vectors[here]
-    return new, statistics.count_failures(state.failures, refused), cached
+
+        def solve(
+            old: Refreshed, units: Units = units, power: float = power
+        ) -> Refreshed:
+            roots, failures, cached = jax.tree.map(lambda x: x, old)  # to change
+            vectors = None if cached is None else units.take(cached)
+            before = units.take(roots), units.take(failures)
+            found = solver(target(units.take(factors)), vectors, power)
+            keep = ~found[1]
+            units.put(roots, jnp.where(keep[:, None, None], before[0], found[0]))
+            units.put(failures, jnp.where(keep, before[1] + 1, 0))
+            if cached is not None and found[2] is not None:
+                units.put(cached, found[2])
+            return roots, failures, cached
+
+        old = units.run(solve, old)
+    return old
 
 
 def _apply(updates: jax.Array, by_dim: dict[str, jax.Array]) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from shampoo_optax import _checks
 from shampoo_optax.transforms._numbers import bias_correction as correction_of
-from shampoo_optax.transforms._numbers import new_weight, scalar
+from shampoo_optax.transforms._numbers import new_weight, over, scalar
 
 NullSpace = Literal["share", "drop", "plain"]
 NULL_SPACES = ("share", "drop", "plain")
@@ -65,7 +65,7 @@ class Moment:
     ) -> jax.Array:
         """An update in the basis over the root of the moment."""
         decay = self.b2 if self.bias_correction and self.weighted else 1.0
-        nu = nu / correction_of(decay, count, nu.dtype)
+        nu = over(nu, correction_of(decay, count, nu.dtype))
         power = self.exponents.get(nu.ndim - 1, 0.5)
         root = jnp.sqrt(nu) if power == 0.5 else nu**power
         turned = turned / (root + scalar(self.eps, nu.dtype))

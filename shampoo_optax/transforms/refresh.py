@@ -31,6 +31,11 @@ class Refresh:
       statistics_frequency: steps from one measurement of the factors to the next; the
         first step measures. 1, the default, uses every gradient.
 
+      staggered: refresh a share of the matrices at every step, so that each comes due
+        once in ``precondition_frequency`` steps and all steps take equally long; the
+        first refresh is of all. Which matrix comes when depends on how many a device
+        owns.
+
     Raises:
       ValueError, TypeError: a number is below 1 or not whole.
 
@@ -43,6 +48,7 @@ class Refresh:
     precondition_frequency: int = 10
     start_preconditioning_step: int | float | None = None
     statistics_frequency: int = 1
+    staggered: bool = False
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -67,6 +73,26 @@ class Refresh:
             return jnp.zeros_like(count, bool)
         regular = (count % self.precondition_frequency == 0) & (count > self.start)
         return regular | (count == self.start)
+
+    @property
+    def shares(self) -> int:
+        """In how many shares matrices come due."""
+        return self.precondition_frequency if self.staggered else 1
+
+    def phases(self, count: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Which shares are due at this step, the first and the one after the last.
+
+        Example:
+          >>> refresh = Refresh(3, start_preconditioning_step=2, staggered=True)
+          >>> [tuple(map(int, refresh.phases(jnp.int32(t)))) for t in range(1, 7)]
+          [(0, 0), (0, 3), (0, 1), (1, 2), (2, 3), (0, 1)]
+        """
+        if self.start == math.inf:
+            return jnp.zeros_like(count), jnp.zeros_like(count)
+        since = count - jnp.int32(self.start)
+        turn = jnp.where(since > 0, (since - 1) % self.shares, 0)
+        stop = jnp.where(since > 0, turn + 1, jnp.where(since == 0, self.shares, 0))
+        return turn, stop.astype(turn.dtype)
 
     def measured(
         self, count: jax.Array, new: Callable[[], T], old: T
