@@ -212,7 +212,8 @@ def scale_by_spectral_descent(
     """
     average = _Average(b1, b3, True, mu_dtype)
     direction = spectral(method, scale)
-    layout = dataclasses.replace(layout, turn_wide_blocks=False)  # rules tell sides
+    # Scale rules look at the sides of a matrix.
+    layout = dataclasses.replace(layout, turn_wide_blocks=False, merge_stacks=False)
     return _assembled(direction, None, Refresh(), layout, average, rest)
 
 

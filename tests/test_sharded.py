@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +25,7 @@ ALIASES = {"shampoo": so.scale_by_shampoo, "soap": so.scale_by_soap}
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 # Roots of factors that have seen fewer gradients than they have rows magnify rounding
 # by the condition that damping leaves them, 1e6; the first refresh comes after that.
-REFRESH = so.Refresh(5)
+REFRESH, LATE = so.Refresh(5), so.Refresh(10)
 Tree = dict[str, jax.Array]
 
 
@@ -119,6 +120,34 @@ MODES |= {
         other=((4, 4, 8), P("fsdp")),
     ),
 }
+
+
+# Seven blocks of 8x8, and four of 8x4, 8x2 and 4x2, which eight devices hold as 8x4.
+MERGED = Mode(
+    {"data": 8},
+    ("data",),
+    square=((16, 16), P()),
+    half=((8, 20), P()),
+    edge=((12, 10), P()),
+)
+KL = functools.partial(so.scale_by_shampoo, correction="kl")
+
+
+@pytest.mark.parametrize("alias", [*ALIASES.values(), KL], ids=[*ALIASES, "kl"])
+def test_blocks_filled_with_zeros(alias: Any) -> None:
+    like, layout = MERGED.like(), MERGED.layout()
+    plain = MERGED.layout(merge_stacks=False)
+    stacks = [len(_stacks(alias(layout=x).init(like))) for x in (layout, plain)]
+    assert stacks == [2, 4]
+    alone = _run(alias(layout=so.BlockLayout(BLOCK), refresh=LATE), like)[0]
+    for ours in (layout, plain):
+        found = _run(alias(layout=ours, refresh=LATE), like, MERGED.place)[0]
+        for step, (x, one) in enumerate(zip(found, alone, strict=True)):
+            assert _distance(x, one) <= 5e-6, step
+
+
+def _stacks(state: Any) -> dict[str, jax.Array]:
+    return state.blocks.mu
 
 
 def _run(
@@ -256,8 +285,8 @@ def _collectives(mode: Mode, **options: Any) -> collections.Counter[str]:
 
 
 def _pools(mode: Mode) -> int:
-    names, shapes = list(mode.shapes), list(mode.shapes.values())
-    return len(so.BlockLayout(BLOCK).plan(names, shapes).stacks)
+    tx = so.scale_by_shampoo(layout=mode.layout())
+    return len(_stacks(jax.eval_shape(tx.init, mode.like())))
 
 
 def _without(mode: Mode, *names: str) -> Mode:

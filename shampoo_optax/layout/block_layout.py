@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from shampoo_optax import _checks
 from shampoo_optax.layout import placement
 from shampoo_optax.layout.fold import fold, merge
+from shampoo_optax.layout.merging import merged
 from shampoo_optax.layout.plan import Leaf, Plan, Shape, block_sides, make_plan
 from shampoo_optax.layout.routes import Devices, Spec, route_leaf
 
@@ -61,6 +62,8 @@ class BlockLayout:
       param_specs: where parameters lie: a tree of ``PartitionSpec`` like theirs, or a
         function of path and shape. None takes what explicit axes say, and on others
         replicated parameters.
+      merge_stacks: let blocks of neighbouring shapes share a stack, filled with zeros,
+        where that costs all devices less than the slots that both would leave empty.
       exchange_dtype: in which blocks of updates travel back, for example
         ``jnp.bfloat16``; None means their own.
       deterministic: update one block at a time, so that every bit is the same on
@@ -85,6 +88,7 @@ class BlockLayout:
     mesh: Mesh | None = None
     block_axes: tuple[str, ...] = ()
     param_specs: Any | Callable[[str, Shape], PartitionSpec] | None = None
+    merge_stacks: bool = True
     exchange_dtype: DTypeLike | None = None
     deterministic: bool = False
 
@@ -161,7 +165,7 @@ class BlockLayout:
             else:
                 sides = block_sides(dims, self.largest_factor, one_sided_above=above)
                 leaves.append(route_leaf(shape, axes, dims, sides, specs[i], devices))
-        return make_plan(
+        plan = make_plan(
             tuple(leaves),
             self.largest_factor,
             above,
@@ -169,6 +173,9 @@ class BlockLayout:
             axis_sizes=tuple(devices.sizes.items()),
             block_axes=devices.block_axes,
         )
+        # Kernels of another shape round otherwise.
+        merges = self.merge_stacks and not self.deterministic and plan.devices > 1
+        return merged(plan) if merges else plan
 
     def _skips(self, name: str, shape: Shape) -> bool:
         if self.skip is None:

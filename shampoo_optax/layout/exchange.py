@@ -76,6 +76,29 @@ def from_owners(
     return cells
 
 
+def true_sizes(groups: Sequence[Group]) -> list[jax.Array] | None:
+    """Sides of a device's own blocks, by dimension ``[slots]``, without the filling.
+
+    None where nothing is filled. A dead block has those of the last.
+    """
+    if not any(group.filled for group in groups):
+        return None
+    found = []
+    for group in groups:
+        sides = [
+            box.stacked for pool, box in group.members for _ in range(pool.cells(box))
+        ]
+        order = jnp.arange(group.slots, dtype=jnp.int32)
+        if group.parts > 1:  # which chunk of the cells is this device's
+            order += lax.axis_index(group.axes) % group.parts * group.slots
+        if group.dealt:
+            order += lax.axis_index(group.dealt) * (group.slots * group.parts)
+        found.append(
+            jnp.take(jnp.asarray(sides, jnp.int32), order, axis=0, mode="clip")
+        )
+    return [jnp.concatenate([x[:, dim] for x in found]) for dim in range(len(sides[0]))]
+
+
 def gather(leaf: jax.Array, route: Route) -> jax.Array:
     """Make the dimensions whole that fit no other way."""
     for dim, axes in route.gathered:

@@ -215,7 +215,7 @@ def _normal(name: str, shape: Shape, spec: Any, mesh: AnyMesh) -> Spec:
                 f"{call}: a dimension of {size} cannot lie on {number} devices in "
                 f"equal shares; the mesh has axes {dict(mesh.shape)}."
             )
-        normal.append(tuple(axes) if number > 1 else ())
+        normal.append(tuple(axes))
     return tuple(normal)
 
 

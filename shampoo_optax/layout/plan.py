@@ -27,6 +27,7 @@ class Route:
     resharded: tuple[Axes, int, int] | None = None  # folded: axes move from, to
     shards: tuple[Axes, ...] = ()  # after that, by folded dimension
     dealt: Axes = ()  # axes that hold copies: they share the blocks out
+    by_columns: bool = False  # the folded matrix came cut along its columns alone
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Box:
     block: Shape  # shape of one block, or of the part of it that a device holds
     whole: Shape  # shape of one block
     turned: bool = False  # the stack holds it transposed
+    within: Shape | None = None  # the stack's shape, where zeros fill the block to it
 
     @property
     def stop(self) -> Shape:
@@ -63,13 +65,18 @@ class Box:
 
     @property
     def stacked(self) -> Shape:
-        """Shape of a block in its stack."""
+        """Shape of a block as the stack has it, without filling."""
         return self.whole[::-1] if self.turned else self.whole
+
+    @property
+    def slot(self) -> Shape:
+        """Shape of the stack's blocks."""
+        return self.within or self.stacked
 
     @property
     def key(self) -> str:
         """The stack its blocks belong to, for example ``1024x384``."""
-        return "x".join(map(str, self.stacked))
+        return "x".join(map(str, self.slot))
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,11 @@ class Group:
     def cells(self) -> int:
         """What a device holds before the exchange."""
         return sum(pool.cells(box) for pool, box in self.members)
+
+    @property
+    def filled(self) -> bool:
+        """Whether zeros fill some of its blocks."""
+        return any(box.within is not None for _, box in self.members)
 
     @property
     def slots(self) -> int:
@@ -141,7 +153,7 @@ class Plan:
         return {
             key: (
                 self.devices * sum(group.slots for group in groups),
-                *groups[0].members[0][1].stacked,
+                *groups[0].members[0][1].slot,
             )
             for key, groups in self.groups.items()
         }
@@ -201,7 +213,12 @@ def block_sides(
 
 
 def cut(
-    shape: Shape, sides: Shape, *, shards: Shape | None = None, turn: bool = False
+    shape: Shape,
+    sides: Shape,
+    *,
+    shards: Shape | None = None,
+    turn: bool = False,
+    by_columns: bool = False,
 ) -> tuple[Box, ...]:
     """Cut a shape into boxes of equal blocks; the last block may be smaller.
 
@@ -212,6 +229,8 @@ def cut(
         those of one device.
       turn: let stacks hold a wide matrix transposed, so that ``384x1024`` and
         ``1024x384`` are one stack.
+      by_columns: with ``turn``, a square one too: its array lies cut along its
+        columns, and parts of blocks are exchanged along the first dimension.
 
     Returns:
       The boxes.
@@ -235,7 +254,8 @@ def cut(
     boxes = []
     for chosen in itertools.product(*by_dim):
         start, grid, part, whole = (tuple(side[i] for side in chosen) for i in range(4))
-        turned = turn and len(whole) == 2 and whole[0] < whole[1]
+        wide = len(whole) == 2 and whole[0] < whole[1] + by_columns
+        turned = turn and wide
         boxes.append(Box(start, grid, part, whole, turned))
     return tuple(boxes)
 
@@ -287,7 +307,13 @@ def make_plan(
                 shape=local,
                 leaves=tuple(leaf for leaf, _ in members),
                 batches=tuple(batch for _, batch in members),
-                boxes=cut(dims, sides, shards=shards, turn=turn),
+                boxes=cut(
+                    dims,
+                    sides,
+                    shards=shards,
+                    turn=turn,
+                    by_columns=route.by_columns,
+                ),
                 route=route,
                 held=_before(local, route, axis_sizes),
             )

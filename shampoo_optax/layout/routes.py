@@ -37,6 +37,8 @@ def fits(size: int, block: int, shards: int) -> bool:
       >>> fits(2048, 1024, 256), fits(2048, 1024, 2), fits(5504, 1024, 16)
       (True, True, False)
     """
+    if shards == 1:
+        return True
     if size % shards or size % block:
         return False
     local = size // shards
@@ -105,7 +107,9 @@ def route_leaf(
     used = {axis for i in range(batch_axes) if i not in whole for axis in spec[i]}
     used |= {axis for axes in shards for axis in axes}
     dealt = tuple(axis for axis in devices.block_axes if axis not in used)
-    route = Route(tuple(gathered), resharded, tuple(shards), dealt)
+    # Of the spec, not of what becomes of it: the same on every mesh.
+    by_columns = len(dims) == 2 and not held[0] and bool(held[1])
+    route = Route(tuple(gathered), resharded, tuple(shards), dealt, by_columns)
     return Leaf(shape, local, batch, dims, route)
 
 

@@ -47,7 +47,7 @@ def split(leaves: Mapping[int, jax.Array], plan: Plan) -> Stacks:
         ]
         pooled = exchange.reshard(_concatenate(arrays, 0), pool.route)
         for box in pool.boxes:
-            cells[pool, box] = _to_blocks(pooled, box)
+            cells[pool, box] = _fill(_to_blocks(pooled, box), box)
     stacks = {}
     for key, groups in plan.groups.items():
         held = [_concatenate([cells[m] for m in group.members], 0) for group in groups]
@@ -89,7 +89,9 @@ def join(
     traced = any(isinstance(stack, jax.core.Tracer) for stack in stacks.values())
     starts = opaque(_starts(plan)) if traced else {}
     for pool in plan.pools:
-        boxes = [_from_blocks(cells[pool, box], box) for box in pool.boxes]
+        boxes = [
+            _from_blocks(_unfill(cells[pool, box], box), box) for box in pool.boxes
+        ]
         pooled = exchange.reshard(_assemble(boxes, pool), pool.route, back=True)
         arrays = _unpool(pooled, pool.batches, starts)
         for leaf, array in zip(pool.leaves, arrays, strict=True):
@@ -135,6 +137,20 @@ def _from_blocks(blocks: jax.Array, box: Box) -> jax.Array:
         axes += [1 + dim, 1 + order + (order - 1 - dim if box.turned else dim)]
     shape = (g * b for g, b in zip(box.grid, box.block, strict=True))
     return lax.transpose(gridded, axes).reshape(-1, *shape)
+
+
+def _fill(cells: jax.Array, box: Box) -> jax.Array:
+    """Zeros up to the shape of the stack, but not along a dimension that is split."""
+    if box.within is None:
+        return cells
+    pairs = zip(box.within, box.stacked, strict=True)
+    return jnp.pad(cells, [(0, 0)] + [(0, slot - own) for slot, own in pairs])
+
+
+def _unfill(cells: jax.Array, box: Box) -> jax.Array:
+    if box.within is None:
+        return cells
+    return lax.slice(cells, (0,) * cells.ndim, (cells.shape[0], *box.part))
 
 
 def _assemble(boxes: list[jax.Array], pool: Pool) -> jax.Array:

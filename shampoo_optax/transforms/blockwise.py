@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_optax import _checks
+from shampoo_optax.layout import exchange
 from shampoo_optax.layout.block_layout import BlockLayout
 from shampoo_optax.layout.split import join, split
 from shampoo_optax.transforms import _since_init
@@ -131,6 +132,13 @@ def _on_blocks(
     def body(given: dict[str, Leaves], blocks: Any) -> tuple[Leaves, Any]:
         inside: dict[str, Any] = {k: split(leaves, plan) for k, leaves in given.items()}
         stacks, params = inside.pop("updates"), inside.pop("params", None)
+        sizes = {
+            key: {str(dim): sides for dim, sides in enumerate(by_dim)}
+            for key, groups in plan.groups.items()
+            if (by_dim := exchange.true_sizes(groups)) is not None
+        }
+        if sizes:
+            inside["sizes"] = sizes
         # The leading axis holds blocks: a norm in there is that of a block.
         stacks, blocks = update(stacks, blocks, params, **extra, **inside, stacked=True)
         if tree.mesh is not None and layout.exchange_dtype is not None:

@@ -19,7 +19,7 @@ from shampoo_optax.transforms._numbers import wide
 from shampoo_optax.transforms.factors import Matrices, Stacks, Statistics
 from shampoo_optax.transforms.moment import Moment, NullSpace
 from shampoo_optax.transforms.refresh import Refresh
-from shampoo_optax.transforms.units import Units, grouped, refreshed
+from shampoo_optax.transforms.units import Share, Units, grouped, refreshed
 
 Refreshed = tuple[Matrices, Matrices, Matrices]  # bases, null spaces, failures
 
@@ -140,6 +140,7 @@ def eigenbasis(
         params: Any = None,
         *,
         raw_gradient: Stacks | None = None,
+        sizes: Matrices | None = None,
         **extra: Any,
     ) -> tuple[Stacks, EigenbasisState]:
         del params, extra
@@ -148,9 +149,8 @@ def eigenbasis(
         measure = partial(measured.measure, gradients, state.factors, state.bases)
         factors, samples = refresh.measured(count, measure, state.factors)
 
-        def solve(phase: jax.Array | None, old: Refreshed) -> Refreshed:
-            share = partial(Units, factors, phase=phase, phases=refresh.shares)
-            return _refresh(share, factors, target, old, basis, ridge)
+        def solve(share: Share, old: Refreshed) -> Refreshed:
+            return _refresh(share, factors, target, old, basis, ridge, sizes or {})
 
         def target(batch: jax.Array) -> jax.Array:
             return measured.target(batch, samples, eps)
@@ -204,20 +204,22 @@ def _turned(
 
 
 def _refresh(
-    share: Callable[..., Units],
+    share: Share,
     factors: Matrices,
     target: Callable[[jax.Array], jax.Array],
     old: Refreshed,
     basis: bases.BasisMethod,
     ridge: ArrayLike,
+    sizes: Matrices,
 ) -> Refreshed:
     """Bases anew, one batched call per size; the old ones where refused."""
     for members in grouped(factors):
-        units = share(members=members)
 
-        def solve(old: Refreshed, units: Units = units) -> Refreshed:
+        def solve(old: Refreshed, units: Units) -> Refreshed:
             vectors, null, failures = jax.tree.map(lambda x: x, old)  # to change
             batch, before = target(units.take(factors)), units.take(vectors)
+            if any(key in sizes for key, _ in units.members):
+                batch = statistics.apart(batch, units.take(_all(factors, sizes)))
             found = bases.new_basis(basis, batch, before, ridge=ridge)
             good = found.accepted
             was, count = units.take(null), units.take(failures)
@@ -226,5 +228,18 @@ def _refresh(
             units.put(failures, jnp.where(good, 0, count + 1))
             return vectors, null, failures
 
-        old = units.run(solve, old)
+        old = share.run(factors, members, solve, old)
     return old
+
+
+def _all(factors: Matrices, sizes: Matrices) -> Matrices:
+    """Sides of every block, also in stacks where nothing is filled."""
+    return {
+        key: {
+            dim: jnp.full(len(factor), factor.shape[-1], jnp.int32)
+            if key not in sizes
+            else sizes[key][dim]
+            for dim, factor in by_dim.items()
+        }
+        for key, by_dim in factors.items()
+    }

@@ -43,7 +43,11 @@ class Statistics:
             _checks.number(call, "trace_scaling", self.trace_scaling, within)
 
     def measure(
-        self, gradients: Stacks, factors: Matrices, roots: Matrices
+        self,
+        gradients: Stacks,
+        factors: Matrices,
+        roots: Matrices,
+        sizes: Matrices | None = None,
     ) -> Matrices:
         """One step of the moving averages of the Gram matrices.
 
@@ -51,12 +55,13 @@ class Statistics:
           gradients: raw gradients.
           factors: the averages so far.
           roots: the inverse roots in use; only a correction looks at them.
+          sizes: sides of the blocks ``[n]``, of stacks where zeros fill some.
 
         Returns:
           The new averages; those of a block whose gradient is not finite stay.
         """
         return {
-            key: self._measure(gradients[key], old, roots[key])
+            key: self._measure(gradients[key], old, roots[key], (sizes or {}).get(key))
             for key, old in factors.items()
         }
 
@@ -65,6 +70,7 @@ class Statistics:
         gradients: jax.Array,
         factors: dict[str, jax.Array],
         roots: dict[str, jax.Array],
+        sizes: dict[str, jax.Array] | None,
     ) -> dict[str, jax.Array]:
         new = {}
         # The sum of squares is the trace of every Gram matrix of a block: one pass
@@ -76,7 +82,7 @@ class Statistics:
             seen = self._seen(gradients, dim, roots)
             gram = modes.gram(seen, int(dim), dtype)
             if self.correction == "kl":
-                gram = gram * (factor.shape[-1] / math.prod(gradients.shape[1:]))
+                gram = gram * _one_over_others(gradients, int(dim), sizes, dtype)
             weight = new_weight(self.b2 if self.weighted else 1.0, dtype)
             decayed = scalar(self.b2, dtype) * factor + weight * gram
             new[dim] = jnp.where(finite, decayed, factor)
@@ -102,6 +108,37 @@ class Statistics:
             scale = jnp.maximum(trace, scalar(eps, dtype)) ** -self.trace_scaling
             factors = factors * scale[:, None, None]
         return factors
+
+
+def _one_over_others(
+    gradients: jax.Array,
+    dim: int,
+    sizes: dict[str, jax.Array] | None,
+    dtype: jnp.dtype,
+) -> ArrayLike:
+    """One over the product of a block's other sides."""
+    if sizes is None:
+        return gradients.shape[dim + 1] / math.prod(gradients.shape[1:])
+    others = [size for other, size in sizes.items() if int(other) != dim]
+    product = math.prod(size.astype(dtype) for size in others)
+    return jnp.reshape(1.0 / product, (-1, 1, 1))
+
+
+def apart(matrices: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Matrices whose filled part is a multiple of the identity, above all the rest.
+
+    Its directions are then eigenvectors of their own, and none of the null space.
+
+    Example:
+      >>> apart(jnp.zeros((1, 2, 2)).at[0, 0, 0].set(3.0), jnp.array([1]))
+      Array([[[3., 0.],
+              [0., 6.]]], dtype=float32)
+    """
+    places = jnp.arange(matrices.shape[-1])
+    diagonal = jnp.diagonal(matrices, axis1=-2, axis2=-1)
+    above = 2.0 * jnp.max(jnp.abs(diagonal), axis=-1, keepdims=True)
+    filled = jnp.where(places[None] >= sizes[:, None], above, jnp.zeros_like(above))
+    return matrices + filled[:, None] * jnp.eye(len(places), dtype=matrices.dtype)[None]
 
 
 def zeros(stacks: Stacks, dims: dict[str, list[int]]) -> Matrices:

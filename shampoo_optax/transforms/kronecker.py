@@ -18,7 +18,7 @@ from shampoo_optax.transforms import factors as statistics
 from shampoo_optax.transforms.exponents import Exponents, ExponentTable
 from shampoo_optax.transforms.factors import Correction, Matrices, Stacks, Statistics
 from shampoo_optax.transforms.refresh import Refresh
-from shampoo_optax.transforms.units import Units, grouped, refreshed
+from shampoo_optax.transforms.units import Share, Units, grouped, refreshed
 
 Refreshed = tuple[Matrices, Matrices, Matrices | None]  # roots, failures, bases
 Solved = tuple[jax.Array, jax.Array, jax.Array | None]  # root, accepted, basis
@@ -156,18 +156,19 @@ def kronecker(
         params: Any = None,
         *,
         raw_gradient: Stacks | None = None,
+        sizes: Matrices | None = None,
         **extra: Any,
     ) -> tuple[Stacks, KroneckerState]:
         del params, extra
         gradients = updates if raw_gradient is None else raw_gradient
         count = optax.safe_increment(state.count)
-        measure = partial(measured.measure, gradients, state.factors, state.roots)
+        seen = gradients, state.factors, state.roots, sizes
+        measure = partial(measured.measure, *seen)
         factors, samples = refresh.measured(count, measure, state.factors)
 
         powers = {key: table.of(stack) for key, stack in updates.items()}
 
-        def solve(phase: jax.Array | None, old: Refreshed) -> Refreshed:
-            share = partial(Units, factors, phase=phase, phases=refresh.shares)
+        def solve(share: Share, old: Refreshed) -> Refreshed:
             return _refresh(share, factors, target, powers, old, solver)
 
         def target(batch: jax.Array) -> jax.Array:
@@ -215,7 +216,7 @@ def _solver(
 
 
 def _refresh(
-    share: Callable[..., Units],
+    share: Share,
     factors: Matrices,
     target: Callable[[jax.Array], jax.Array],
     powers: dict[str, dict[int, float]],
@@ -224,12 +225,9 @@ def _refresh(
 ) -> Refreshed:
     """Roots anew, one batched call per size and exponent; the old where refused."""
     for members in grouped(factors, powers):
-        units = share(members=members)
         power = powers[members[0][0]][int(members[0][1])]
 
-        def solve(
-            old: Refreshed, units: Units = units, power: float = power
-        ) -> Refreshed:
+        def solve(old: Refreshed, units: Units, power: float = power) -> Refreshed:
             roots, failures, cached = jax.tree.map(lambda x: x, old)  # to change
             vectors = None if cached is None else units.take(cached)
             before = units.take(roots), units.take(failures)
@@ -241,7 +239,7 @@ def _refresh(
                 units.put(cached, found[2])
             return roots, failures, cached
 
-        old = units.run(solve, old)
+        old = share.run(factors, members, solve, old)
     return old
 
 

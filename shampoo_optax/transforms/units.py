@@ -15,67 +15,81 @@ T = TypeVar("T")
 Member = tuple[str, str]  # stack and dimension
 
 
+# From this size on one matrix product fills a device, and a batch of them gains
+# nothing: matrices are solved one after another, in the memory of one.
+LARGE = 512
+
+
 class Units:
     """Matrices of one size that are solved in one batched call.
 
     Args:
       matrices: ``{stack: {dimension: [n, ...]}}``, of which the members' are taken.
       members: which.
-      phase: which share of them, a traced whole number; None for all.
-      phases: how many shares there are.
+      first: the place of the first among them, traced; None for all.
+      size: how many from there.
     """
 
     def __init__(
         self,
         matrices: Matrices,
         members: list[Member],
-        phase: jax.Array | None,
-        phases: int,
+        first: jax.Array | None = None,
+        size: int | None = None,
     ) -> None:
-        """Find the share's place."""
-        self.members = members
+        """Find the members' places in the batch."""
+        self.matrices, self.members, self.first = matrices, members, first
         self.sizes = [matrices[key][dim].shape[0] for key, dim in members]
-        self.phase, self.phases, self.total = phase, phases, sum(self.sizes)
-        self.size = -(-self.total // phases)
-        # Shares begin at equal distances and overlap where they do not divide.
-        self.first = None if phase is None else phase * self.total // phases
-
-    def run(self, solve: Callable[[T], T], old: T) -> T:
-        """Solve, unless the share is that of the phase before: a small group's is."""
-        if self.phase is None or self.total >= self.phases:
-            return solve(old)
-        new = self.phase * self.total % self.phases < self.total
-        return jax.lax.cond(new, solve, lambda x: x, old)
+        self.size = sum(self.sizes) if size is None else size
 
     def take(self, matrices: Matrices) -> jax.Array:
-        """The share as one batch ``[size, ...]``; past the end, copies of some."""
+        """These units' rows as one batch ``[size, ...]``; past the end, copies."""
         arrays = [matrices[key][dim] for key, dim in self.members]
         if self.first is None:
             return jnp.concatenate(arrays)
         taken = None
         for array, (index, inside) in zip(arrays, self._places(), strict=True):
-            rows = jnp.take(array, jnp.clip(index, 0, len(array) - 1), axis=0)
-            mask = inside.reshape(-1, *(1,) * (rows.ndim - 1))
-            taken = rows if taken is None else jnp.where(mask, rows, taken)
+            rows = _rows(array, index)
+            taken = (
+                rows if taken is None else jnp.where(_over(inside, rows), rows, taken)
+            )
         assert taken is not None  # a group has members
         return taken
 
     def put(self, matrices: Matrices, rows: jax.Array) -> None:
-        """Put the share's new rows into a tree of copies, in place of the old ones."""
+        """Put new rows into a tree of copies, in place of the old ones."""
         start = 0
-        for (key, dim), size, (index, inside) in zip(
-            self.members, self.sizes, self._places(), strict=True
+        for (key, dim), (index, inside) in zip(
+            self.members, self._places(), strict=True
         ):
-            if self.first is None:
-                matrices[key][dim] = rows[start : start + size]
-                start += size
-                continue
-            place = jnp.where(inside, index, size)  # outside: dropped
             old = matrices[key][dim]
-            matrices[key][dim] = old.at[place].set(rows, mode="drop")
+            if self.first is None:
+                matrices[key][dim] = rows[start : start + len(old)]
+                start += len(old)
+            elif self.size == 1:
+                kept = jnp.where(_over(inside, rows), rows, _rows(old, index))
+                place = jnp.clip(index[0], 0, len(old) - 1)
+                matrices[key][dim] = jax.lax.dynamic_update_slice_in_dim(
+                    old, kept, place, 0
+                )
+            else:
+                place = jnp.where(inside, index, len(old))  # outside: dropped
+                matrices[key][dim] = old.at[place].set(rows, mode="drop")
+
+    def run(self, solve: Callable[[T, Units], T], old: T) -> T:
+        """Solve them, all in one call or one after another."""
+        key, dim = self.members[0]
+        if self.matrices[key][dim].shape[-1] < LARGE or self.size == 1:
+            return solve(old, self)
+        first = jnp.zeros([], jnp.int32) if self.first is None else self.first
+
+        def one(i: jax.Array, so_far: T) -> T:
+            return solve(so_far, Units(self.matrices, self.members, first + i, 1))
+
+        return jax.lax.fori_loop(0, self.size, one, old)
 
     def _places(self) -> list[tuple[jax.Array, jax.Array]]:
-        """For each member the share's places in it, and which of them are its own."""
+        """For each member the units' places in it, and which of them are its own."""
         places, start = [], 0
         order = jnp.arange(self.size, dtype=jnp.int32)
         for size in self.sizes:
@@ -83,6 +97,51 @@ class Units:
             places.append((index, (index >= 0) & (index < size)))
             start += size
         return places
+
+
+def _rows(array: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows at some places, moved inside where they are not."""
+    index = jnp.clip(index, 0, len(array) - 1)
+    if len(index) == 1:
+        return jax.lax.dynamic_slice_in_dim(array, index[0], 1)
+    return jnp.take(array, index, axis=0)
+
+
+def _over(mask: jax.Array, rows: jax.Array) -> jax.Array:
+    return mask.reshape(-1, *(1,) * (rows.ndim - 1))
+
+
+class Share:
+    """One of equal shares of the matrices of every size; or all of them.
+
+    Args:
+      phase: which share, traced; None for all.
+      phases: how many there are.
+    """
+
+    def __init__(self, phase: jax.Array | None, phases: int) -> None:
+        """Keep them."""
+        self.phase, self.phases = phase, phases
+
+    def run(
+        self,
+        matrices: Matrices,
+        members: list[Member],
+        solve: Callable[[T, Units], T],
+        old: T,
+    ) -> T:
+        """Solve the share of some members."""
+        if self.phase is None:
+            return Units(matrices, members).run(solve, old)
+        total = Units(matrices, members).size
+        # Shares begin at equal distances and overlap where they do not divide.
+        first, size = self.phase * total // self.phases, -(-total // self.phases)
+        units = Units(matrices, members, first, size)
+        if total >= self.phases:
+            return units.run(solve, old)
+        # A small group's share is often that of the phase before.
+        new = self.phase * total % self.phases < total
+        return jax.lax.cond(new, lambda x: units.run(solve, x), lambda x: x, old)
 
 
 def grouped(
@@ -101,7 +160,7 @@ def grouped(
 def refreshed(
     refresh: Refresh,
     count: jax.Array,
-    solve: Callable[[jax.Array | None, T], T],
+    solve: Callable[[Share, T], T],
     old: T,
 ) -> T:
     """What a refresh makes of the old results at this step.
@@ -109,13 +168,18 @@ def refreshed(
     Args:
       refresh: the schedule.
       count: of this step.
-      solve: maps a share (None for everything) and results to results.
+      solve: maps a share and results to results.
       old: results so far.
 
     Returns:
       The results; the old ones where nothing is due.
     """
     if not refresh.staggered:
-        return jax.lax.cond(refresh.due(count), lambda: solve(None, old), lambda: old)
+        due = refresh.due(count)
+        return jax.lax.cond(due, lambda: solve(Share(None, 1), old), lambda: old)
     first, stop = refresh.phases(count)
-    return jax.lax.fori_loop(first, stop, solve, old)
+
+    def phase(i: jax.Array, so_far: T) -> T:
+        return solve(Share(i, refresh.shares), so_far)
+
+    return jax.lax.fori_loop(first, stop, phase, old)
