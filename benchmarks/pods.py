@@ -36,13 +36,13 @@ os.environ |= {
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import shampoo_optax as so
 from benchmarks import common, hlo
+from shampoo_optax.layout.split import join, split
 
 WIDTH = {"1.3B": (2048, 5504, 24), "7B": (4096, 11008, 32)}
 VOCABULARY = 32000
@@ -134,13 +134,15 @@ def measure(
         jax.eval_shape(tx.init, params),
         where,
     )
-    update = _gathered(tx, mesh) if naive else tx.update
+    plain = so.BlockLayout(block, one_sided_above=math.inf, batch_axes=batch_axes)
+    update, held = tx.update, state
+    if naive:
+        update, held = _naive(params, plain, mesh)
     before, clock = time.process_time(), time.perf_counter()
-    lowered = jax.jit(update, donate_argnums=(0, 1)).lower(params, state)
+    lowered = jax.jit(update, donate_argnums=(0, 1)).lower(params, held)
     program = lowered.compile()
     cpu, wall = time.process_time() - before, time.perf_counter() - clock
     text = program.as_text()
-    plain = so.BlockLayout(block, one_sided_above=math.inf, batch_axes=batch_axes)
     whole = jax.eval_shape(so.scale_by_shampoo(layout=plain).init, params)
     size = sum(math.prod(shape) for shape in shapes.values())
     return _figures(
@@ -161,15 +163,43 @@ def measure(
     }
 
 
-def _gathered(tx: optax.GradientTransformationExtraArgs, mesh: Mesh) -> Any:
-    """The negative control: every gradient is gathered before the blocks are cut."""
+def _naive(
+    params: dict[str, Any], plain: so.BlockLayout, mesh: Mesh
+) -> tuple[Any, dict[str, Any]]:
+    """The negative control: blocks are cut, concatenated, and told where they lie.
 
-    def update(gradients: Any, state: Any) -> Any:
-        whole = jax.lax.with_sharding_constraint(gradients, NamedSharding(mesh, P()))
-        whole = jax.lax.optimization_barrier(whole)
-        return tx.update(whole, state)
+    The obvious form compiles and is right; a moving average of the blocks stands for
+    the optimizer. What it sends is what counts.
+    """
+    shapes = [x.shape for x in params.values()]
+    plan = plain.plan(list(params), shapes)
+    spread = NamedSharding(mesh, P("fsdp"))
+    padded = {
+        key: (-(-shape[0] // mesh.shape["fsdp"]) * mesh.shape["fsdp"], *shape[1:])
+        for key, shape in plan.stacks.items()
+    }
 
-    return update
+    def update(gradients: dict[str, Any], state: dict[str, Any]) -> Any:
+        leaves = {i: gradients[name] for i, name in enumerate(params)}
+        stacks = split(leaves, plan)
+        for key, stack in stacks.items():
+            dead = padded[key][0] - len(stack)
+            stack = jnp.pad(stack, [(0, dead)] + [(0, 0)] * (stack.ndim - 1))
+            stack = jax.lax.with_sharding_constraint(stack, spread)
+            state[key] = 0.9 * state[key] + 0.1 * stack
+        blocks = {key: state[key][: plan.stacks[key][0]] for key in state}
+        joined = join(blocks, plan, [x.dtype for x in leaves.values()])
+        updates = {
+            name: jax.lax.with_sharding_constraint(joined[i], params[name].sharding)
+            for i, name in enumerate(params)
+        }
+        return updates, state
+
+    state = {
+        key: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=spread)
+        for key, shape in padded.items()
+    }
+    return update, state
 
 
 def _bytes(tree: Any) -> int:

@@ -219,8 +219,8 @@ def test_explicit_axes(mode: str) -> None:
 
 
 def _bitwise(alias: Any, make: Callable[[int], Mode], n: int) -> list[Any]:
-    """Runs of a model whose shapes do not depend on the mesh."""
-    mode = make(8)
+    """Runs of a model whose shapes do not depend on the mesh; blocks of two shapes."""
+    mode = _without(make(8), "whole", "kept", "bias")
     mode.sizes = dict.fromkeys(mode.sizes, n)
     layout = mode.layout(deterministic=True)
     tx = alias(layout=layout, refresh=so.Refresh(3))

@@ -135,12 +135,10 @@ def kronecker(
 
     def init_fn(stacks: Stacks) -> KroneckerState:
         statistics.check_stacks(call, stacks)
-        dims = {}
-        for key, stack in stacks.items():
-            powers = table.of(stack)
-            dims[key] = list(powers)
-            for power in powers.values():
-                root.check(1.0 / power)
+        powers = {key: table.of(stack) for key, stack in stacks.items()}
+        for power in {power for of in powers.values() for power in of.values()}:
+            root.check(1.0 / power)
+        dims = {key: list(of) for key, of in powers.items()}
         factors = statistics.zeros(stacks, dims)
         return KroneckerState(
             jnp.zeros([], jnp.int32),

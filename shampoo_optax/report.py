@@ -1,0 +1,212 @@
+"""What a layout makes of a model, before anything runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import optax
+
+from shampoo_optax.layout.block_layout import BlockLayout
+from shampoo_optax.layout.merging import cost
+from shampoo_optax.layout.plan import Group, Leaf, Plan
+from shampoo_optax.shardings import state_shardings
+from shampoo_optax.transforms._tree import Tree
+
+EXCHANGED = 4  # bytes of an element on the wire: float32
+
+
+@dataclass(frozen=True)
+class Description:
+    """Blocks, balance and traffic of a model; ``print`` it.
+
+    Attributes:
+      parameters: how many numbers the model has.
+      ways: by path, how the blocks of a parameter reach their owners.
+      stacks: by key, blocks and slots on all devices.
+      sent_bytes: a device receives in a step, gradients in and updates out.
+      balance: what slots cost over what blocks cost: dead slots, and zeros that fill.
+      state_bytes: of one device's state; None without an optimizer.
+      advice: what would serve better, if anything.
+    """
+
+    parameters: int
+    devices: int
+    ways: dict[str, str]
+    stacks: dict[str, tuple[int, int]]
+    sent_bytes: float
+    balance: float
+    state_bytes: int | None
+    advice: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """A page for a terminal."""
+        lines = [f"{self.parameters:,} parameters, {self.devices} owners of blocks"]
+        width = max(map(len, self.ways), default=0)
+        lines += [f"  {path:<{width}}  {way}" for path, way in self.ways.items()]
+        for key, (blocks, slots) in self.stacks.items():
+            lines.append(f"stack {key}: {blocks} blocks in {slots} slots")
+        lines.append(f"balance: {self.balance:.2f} times an equal share of the blocks")
+        lines.append(f"exchange: {self.sent_bytes / 1e6:.3g} MB a step and device")
+        if self.state_bytes is not None:
+            each = self.state_bytes * self.devices / max(1, self.parameters)
+            lines.append(
+                f"state: {self.state_bytes / 1e6:.3g} MB a device, {each:.1f} bytes a "
+                "parameter in all"
+            )
+        return "\n".join(lines + [f"advice: {text}" for text in self.advice])
+
+
+def describe(
+    params: optax.Params,
+    layout: BlockLayout = BlockLayout(),
+    tx: optax.GradientTransformation | None = None,
+) -> Description:
+    """Say what a layout makes of parameters: blocks, their ways, balance and bytes.
+
+    Args:
+      params: or ``jax.ShapeDtypeStruct`` of their shapes. Nothing is computed.
+      layout: which blocks, on which devices.
+      tx: an optimizer with this layout in it, whose state is counted.
+
+    Returns:
+      The description; ``str`` of it is a page.
+
+    Raises:
+      ValueError: the layout does not fit the parameters, as in ``init``.
+
+    Example:
+      >>> params = {"w": jax.ShapeDtypeStruct((10, 4), jnp.float32)}
+      >>> layout = BlockLayout(4)
+      >>> print(describe(params, layout, scale_by_shampoo(layout=layout)))
+      40 parameters, 1 owners of blocks
+        w  10x4: blocks lie whole
+      stack 4x4: 2 blocks in 2 slots
+      stack 4x2: 1 blocks in 1 slots
+      balance: 1.00 times an equal share of the blocks
+      exchange: 0 MB a step and device
+      state: 0.00104 MB a device, 26.0 bytes a parameter in all
+    """
+    tree = Tree(params, layout)
+    plan = tree.plan
+    ways = {
+        name: _way(leaf, plan)
+        for name, leaf in zip(tree.names, plan.leaves, strict=True)
+    }
+    stacks = {key: (_blocks(plan, key), shape[0]) for key, shape in plan.stacks.items()}
+    return Description(
+        parameters=sum(math.prod(leaf.shape) for leaf in plan.leaves),
+        devices=plan.devices,
+        ways=ways,
+        stacks=stacks,
+        sent_bytes=_sent(plan),
+        balance=_balance(plan),
+        state_bytes=None if tx is None else _state(tx, params, layout),
+        advice=tuple(_advice(plan, stacks, layout)),
+    )
+
+
+def _way(leaf: Leaf, plan: Plan) -> str:
+    shape = "x".join(map(str, leaf.shape)) or "scalar"
+    if leaf.dims is None:
+        return f"{shape}: the magnitude rule alone"
+    route, steps = leaf.route, []
+    for dim, axes in route.gathered:
+        steps.append(f"dimension {dim} fits no blocks and is gathered over {axes}")
+    if route.resharded is not None:
+        axes, here, there = route.resharded
+        steps.append(f"cut anew, from side {here} to side {there}, over {axes}")
+    parts = {
+        (group.axes, group.parts)
+        for groups in plan.groups.values()
+        for group in groups
+        if group.parts > 1
+        and any(
+            plan.leaves[i] is leaf for pool, _ in group.members for i in pool.leaves
+        )
+    }
+    steps += [f"parts of blocks are exchanged among {n} on {axes}" for axes, n in parts]
+    if route.dealt:
+        steps.append(f"copies on {route.dealt} share the blocks out")
+    return f"{shape}: " + ("; ".join(steps) or "blocks lie whole")
+
+
+def _blocks(plan: Plan, key: str) -> int:
+    """Blocks of a stack, without dead slots."""
+    return sum(
+        pool.cells(box) * _outer(group, plan)
+        for group in plan.groups[key]
+        for pool, box in group.members
+    )
+
+
+def _outer(group: Group, plan: Plan) -> int:
+    """How many sets of neighbours or copies hold cells of their own."""
+    return plan.devices // (group.shares * group.parts)
+
+
+def _balance(plan: Plan) -> float:
+    held, needed = 0, 0
+    for key, (slots, *shape) in plan.stacks.items():
+        held += slots * cost(tuple(shape))
+        for group in plan.groups[key]:
+            for pool, box in group.members:
+                number = pool.cells(box) * _outer(group, plan)
+                needed += number * cost(box.stacked)
+    return held / needed if needed else 1.0
+
+
+def _sent(plan: Plan) -> float:
+    """Bytes received for the exchange in and out, of one device."""
+    total = 0.0
+    for groups in plan.groups.values():
+        for group in groups:
+            own = math.prod(group.members[0][1].slot) * group.slots * EXCHANGED
+            total += 2 * own * (1 - 1 / group.parts) + own * (group.shares - 1)
+    sizes = dict(plan.axis_sizes)
+    for leaf in plan.leaves:
+        size = math.prod(leaf.local) * EXCHANGED
+        for _, axes in leaf.route.gathered:
+            total += size * (1 - 1 / math.prod(sizes[axis] for axis in axes))
+        if leaf.route.resharded is not None:
+            axes = leaf.route.resharded[0]
+            total += 2 * size * (1 - 1 / math.prod(sizes[axis] for axis in axes))
+    return total
+
+
+def _state(
+    tx: optax.GradientTransformation, params: optax.Params, layout: BlockLayout
+) -> int:
+    leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
+    if not layout.block_axes:
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    where = jax.tree.leaves(state_shardings(tx, params, layout))
+    return sum(
+        math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, sharding in zip(leaves, where, strict=True)
+    )
+
+
+def _advice(
+    plan: Plan, stacks: dict[str, tuple[int, int]], layout: BlockLayout
+) -> list[str]:
+    advice = []
+    blocks = sum(count for count, _ in stacks.values())
+    size = layout.max_preconditioner_dim
+    if blocks < plan.devices and size != math.inf:
+        factor = 2 ** math.ceil(math.log2(plan.devices / max(blocks, 1)) / 2)
+        smaller = max(128, int(size) // max(2, factor))
+        if smaller < size:
+            advice.append(
+                f"{blocks} blocks for {plan.devices} devices: "
+                f"max_preconditioner_dim={smaller} gives more of them work"
+            )
+    for key, (count, slots) in stacks.items():
+        long = max(map(int, key.split("x")))
+        if long > layout.largest_factor and 2 * count <= slots:
+            advice.append(
+                f"stack {key}: {count} blocks for {slots} slots; "
+                "one_sided_above=math.inf cuts the long side and balances it"
+            )
+    return advice
