@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=4294967296 \
   MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: train digits test lint bench clean
+.PHONY: train digits test lint bench pods clean
 
 train: $(VENV)/.examples ## train a transformer with AdamW and Shampoo side by side
 	$(KEEP_MEMORY) $(BIN)/python -m examples.train_lm $(ARGS)
@@ -20,7 +20,7 @@ digits: $(VENV)/.examples ## the same for a convolutional network, in a minute
 	$(KEEP_MEMORY) $(BIN)/python -m examples.train_digits $(ARGS)
 
 # One BLAS thread per process: with more, LAPACK on fake devices is 200 times slower.
-test: $(VENV)/.test ## run the tests
+test: $(VENV)/.test $(VENV)/libtpu ## run the tests
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q $(ARGS)
 
 lint: $(VENV)/.test ## formatting, lint, types
@@ -33,6 +33,9 @@ bench: $(VENV)/.bench ## measure compile and step cost beside the peers
 	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.step $(ARGS)
 	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.run_once $(ARGS)
 
+pods: $(VENV)/.test $(VENV)/libtpu ## compile the update for TPU pods, without one
+	PYTHONPATH=$(VENV)/libtpu $(BIN)/python -m benchmarks.pods $(ARGS)
+
 clean: ## remove environments, caches and runs
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -40,6 +43,11 @@ $(VENV)/.examples $(VENV)/.test $(VENV)/.bench: $(VENV)/.%: pyproject.toml | $(B
 	@echo "Installing shampoo-optax[$*] into $(VENV) ..."
 	$(PIP) --editable '.[$*]'
 	@touch $@
+
+# The TPU compiler, apart: JAX would look for a TPU where it could import it. It exists
+# for Linux; elsewhere the tests that need it say that they are skipped.
+$(VENV)/libtpu: $(VENV)/.test
+	$(PIP) --no-deps --target $@ libtpu || mkdir -p $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

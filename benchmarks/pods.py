@@ -22,7 +22,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 # A topology is described without a TPU; libtpu would ask the cloud for one.
@@ -257,7 +256,11 @@ def main(argv: list[str] | None = None) -> int:
         case = json.loads(args.one)
         print(json.dumps(measure(model_=case.pop("model"), **case)))
         return 0
+    path = args.out or common.RESULTS / "tpu-aot" / "pods.json"
+    keep = bool(args.out) or not args.quick
     results: dict[str, Any] = {}
+    if args.case and keep and path.exists():  # the others stay as they were
+        results = json.loads(path.read_text())
     for name in args.case or CASES:
         case = dict(CASES[name])
         if args.quick:
@@ -274,9 +277,7 @@ def main(argv: list[str] | None = None) -> int:
         results[name] = case | json.loads(run.stdout.splitlines()[-1])
         print(f"{name}: {results[name]}", flush=True)
     print(_table(results))
-    path = args.out or common.RESULTS / "tpu-aot" / "pods.json"
-    if not args.quick or args.out:
-        path = Path(path)
+    if keep:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
     return 0
