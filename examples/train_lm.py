@@ -1,7 +1,8 @@
 """Trains a small transformer on the standard library, with Shampoo and with AdamW.
 
 Both start from the same parameters and see the same batches. Ctrl-C stops a run and
-saves it; the same command goes on from there.
+saves it; the same command goes on from there. With --devices everything is spread over
+that many (docs/sharding.md); on a CPU they are pretended.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 # XLA solves many small eigenproblems side by side; with a pool of threads inside each
@@ -27,7 +29,8 @@ from examples.lm.data import load_corpus
 from examples.lm.model import Shape
 from examples.lm.task import language_model
 from examples.training.command import Recipe, compare, new_parser, positive
-from examples.training.task import Schedule
+from examples.training.spread import MODES, Spread, new_spread
+from examples.training.task import Schedule, Settings
 
 SCHEDULE = Schedule(steps=500, eval_every=20, save_every=100)
 SHAPE = Shape()
@@ -54,14 +57,17 @@ def adamw(learning_rate: float, steps: int) -> optax.GradientTransformationExtra
     )
 
 
-def shampoo(learning_rate: float, steps: int) -> optax.GradientTransformationExtraArgs:
+def shampoo(
+    learning_rate: float, steps: int, spread: Spread | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Makes the same chain with Shampoo in AdamW's place."""
+    make = so.BlockLayout if spread is None else spread.layout
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         so.shampoo(
             warmup_cosine(learning_rate, steps),
             weight_decay=1e-4,
-            layout=so.BlockLayout(max_preconditioner_dim=LARGEST),
+            layout=make(max_preconditioner_dim=LARGEST),
             refresh=so.Refresh(precondition_frequency=FREQUENCY),
             grafting=so.grafting.adam(b2=0.999, eps=1e-8),
         ),
@@ -82,6 +88,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(
             f"--{name}", type=positive, default=default, help="of the model"
         )
+    parser.add_argument("--devices", type=positive, default=1, help="how many")
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="fsdp",
+        help="; ".join(f"{name}: {words}" for name, words in MODES.items()),
+    )
     return parser.parse_args(argv)
 
 
@@ -93,18 +106,24 @@ def main(
     shape = SHAPE._replace(
         **{name: getattr(arguments, name) for name in SHAPE._fields[1:]}
     )
+    spread = new_spread(arguments.devices, arguments.mode, arguments.batch)
     corpus = load_corpus()
     task = language_model(
-        corpus, shape, batch_size=arguments.batch, seed=arguments.seed
+        corpus, shape, batch_size=arguments.batch, seed=arguments.seed, spread=spread
     )
+    title = f"{len(corpus.train) / 1e6:.1f} MB of Python, {arguments.steps} steps"
+    settings: Settings = shape._asdict()
+    settings |= {"batch": arguments.batch, "corpus": len(corpus.train)}
+    if spread is not None:
+        settings["devices"] = f"{arguments.devices} devices ({arguments.mode})"
+        title += f", {settings['devices']}"
     return compare(
         task,
-        RECIPES,
+        RECIPES | {"shampoo": partial(shampoo, spread=spread)},
         arguments,
-        title=f"{len(corpus.train) / 1e6:.1f} MB of Python, {arguments.steps} steps",
+        title=title,
         learning_rates=LEARNING_RATES,
-        settings=shape._asdict()
-        | {"batch": arguments.batch, "corpus": len(corpus.train)},
+        settings=settings,
         period=FREQUENCY,
         on_step=on_step,
     )

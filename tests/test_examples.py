@@ -19,6 +19,7 @@ from examples.lm import data
 from examples.training import command
 from examples.training.progress import new_console, progress
 from examples.training.report import first_at_or_below
+from examples.training.spread import MODES
 from examples.training.task import Record, Schedule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +95,42 @@ def test_interrupted_and_resumed_is_bitwise_the_uninterrupted_run(
     assert losses(whole) == losses(parts)
     with pytest.raises(SystemExit, match=r"batch is 4 there and 8 here.*--fresh"):
         train(parts, *only, "--batch", "8")
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """The validation losses of the run on one device, once there is one."""
+    return []
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_several_devices_learn_the_same_and_resume(
+    mode, train, tmp_path, monkeypatch, one_device
+):
+    monkeypatch.setattr(command, "optimizer_milliseconds", lambda *_, **__: 1.0)
+    only = ("--optimizers", "shampoo")
+    if not one_device:
+        assert train(tmp_path / "one", *only)[0] == 0
+        one_device.extend(losses(tmp_path / "one"))
+
+    spread = (*only, "--devices", "4", "--mode", mode)
+    assert train(tmp_path, *spread, on_step=press_ctrl_c(at=5))[0] == 130
+    with pytest.raises(SystemExit, match=rf"on 4 devices \({mode}\).*on one device"):
+        train(tmp_path, *only)
+    code, text = train(tmp_path, *spread)
+    assert code == 0
+    assert "resumes after step 5" in text
+    np.testing.assert_allclose(losses(tmp_path), one_device, rtol=1e-4)
+
+
+def test_devices_that_do_not_come_out_even_are_refused(train, tmp_path):
+    for flags, words in (
+        (["--devices=3"], "batch of 4 cannot be split over 3"),
+        (["--devices=3", "--mode=hsdp"], "two halves"),
+        (["--devices=64", "--batch=64"], "there are 8 here"),
+    ):
+        with pytest.raises(SystemExit, match=words):
+            train(tmp_path, *flags)
 
 
 def test_ctrl_c_before_the_first_checkpoint_says_so(train, tmp_path, monkeypatch):

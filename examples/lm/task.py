@@ -11,6 +11,7 @@ from flax import nnx, struct
 
 from examples.lm import data
 from examples.lm.model import Decoder, Shape
+from examples.training.spread import Spread
 from examples.training.task import PyTree, Task
 
 VALIDATION_WINDOWS = 256
@@ -27,7 +28,12 @@ class LanguageModelState(struct.PyTreeNode):
 
 
 def language_model(
-    corpus: data.Corpus, shape: Shape, *, batch_size: int, seed: int
+    corpus: data.Corpus,
+    shape: Shape,
+    *,
+    batch_size: int,
+    seed: int,
+    spread: Spread | None = None,
 ) -> Task:
     """Makes the task: predict the next byte of the standard library's sources.
 
@@ -36,6 +42,7 @@ def language_model(
       shape: of the model.
       batch_size: windows in a train batch.
       seed: of the parameters and the batches.
+      spread: where everything lies on several devices; None for one.
 
     Returns:
       The task; evaluation is the mean cross-entropy, in nats for each byte.
@@ -45,16 +52,24 @@ def language_model(
         corpus.validation, VALIDATION_WINDOWS, shape.context
     ).reshape(-1, VALIDATION_BATCH, shape.context + 1)
 
+    def rows(tokens: jax.Array) -> jax.Array:
+        return tokens if spread is None else spread.rows(tokens)
+
     def loss(params: nnx.State, tokens: jax.Array) -> jax.Array:
         logits = nnx.merge(graphdef, params)(tokens[:, :-1])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
         return losses.mean()
 
     def start(tx: optax.GradientTransformationExtraArgs) -> LanguageModelState:
-        # A copy: the first step donates it, and the next optimizer starts here too.
-        own = jax.tree.map(jnp.copy, params)
         zero = jnp.zeros((), jnp.int32)
-        return LanguageModelState(zero, own, jax.jit(tx.init)(own), tx)
+        # A copy: the first step donates it, and the next optimizer starts here too.
+        if spread is None:
+            own = jax.tree.map(jnp.copy, params)
+            return LanguageModelState(zero, own, jax.jit(tx.init)(own), tx)
+        own = spread.place(params)
+        return LanguageModelState(
+            spread.everywhere(zero), own, spread.init(tx, own), tx
+        )
 
     def step(
         state: LanguageModelState, tokens: jax.Array
@@ -70,12 +85,12 @@ def language_model(
 
     def batch(step: int) -> jax.Array:
         tokens = data.train_batch(corpus.train, seed, step, batch_size, shape.context)
-        return jnp.asarray(tokens)
+        return rows(jnp.asarray(tokens))
 
     @jax.jit
     def validate(params: nnx.State) -> jax.Array:
         # One batch after the other: all at once would need much memory at once.
-        return jax.lax.map(lambda tokens: loss(params, tokens), windows).mean()
+        return jax.lax.map(lambda tokens: loss(params, rows(tokens)), windows).mean()
 
     def evaluate(params: PyTree) -> dict[str, float]:
         return {"loss": float(validate(params))}

@@ -65,7 +65,8 @@ class Checkpoints:
           The state and the record to go on from.
 
         Raises:
-          SystemExit: if the checkpoint belongs to a run with other settings.
+          SystemExit: if the checkpoint belongs to a run with other settings, or on
+            other devices.
         """
         step = self._manager.latest_step()
         if step is None:
@@ -95,6 +96,15 @@ class Checkpoints:
         return state, record
 
     def _refuse_other(self, there: Settings, here: Settings) -> None:
+        ways_out = "pass --fresh to delete it and start over, or --run-dir to leave it "
+        ways_out += "alone."
+        devices = [s.get("devices", "one device") for s in (there, here)]
+        if devices[0] != devices[1]:
+            raise SystemExit(
+                f"{self._directory} holds a run on {devices[0]}, and this one is on "
+                f"{devices[1]}; a run is resumed on the devices it began on: "
+                f"{ways_out}"
+            )
         names = sorted(there.keys() | here.keys())
         different = [
             f"{name} is {there.get(name)} there and {here.get(name)} here"
@@ -104,6 +114,5 @@ class Checkpoints:
         if different:
             raise SystemExit(
                 f"{self._directory} holds a run with other settings "
-                f"({'; '.join(different)}): pass --fresh to delete it and start over, "
-                "or --run-dir to leave it alone."
+                f"({'; '.join(different)}): {ways_out}"
             )

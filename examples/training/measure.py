@@ -47,9 +47,12 @@ def optimizer_milliseconds(
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    gradient = optax.tree.random_like(jax.random.key(0), state.params)
     params, opt_state = state.params, state.opt_state
-    step = jax.jit(update).lower(params, opt_state, gradient).compile()
+    where = jax.tree.map(lambda leaf: leaf.sharding, (params, opt_state))
+    gradient = optax.tree.random_like(jax.random.key(0), params)
+    gradient = jax.device_put(gradient, where[0])
+    jitted = jax.jit(update, out_shardings=where)
+    step = jitted.lower(params, opt_state, gradient).compile()
     rounds = []
     for _ in range(ROUNDS + 1):
         start = time.perf_counter()
