@@ -32,6 +32,7 @@ bench: $(VENV)/.bench ## measure compile and step cost beside the peers
 	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.compile $(ARGS)
 	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.step $(ARGS)
 	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.run_once $(ARGS)
+	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.staggered $(ARGS)
 
 pods: $(VENV)/.test $(VENV)/libtpu ## compile the update for TPU pods, without one
 	PYTHONPATH=$(VENV)/libtpu $(BIN)/python -m benchmarks.pods $(ARGS)
