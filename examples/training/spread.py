@@ -39,12 +39,18 @@ class Spread:
         return self.mesh.axis_names
 
     def spec(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
-        """Spreads a parameter along its first dimension that comes out even."""
+        """Spreads a parameter along the longest dimension that comes out even.
+
+        So kernels of 128x256 and 256x128 are cut alike, and their blocks share slots.
+        """
         del path
         if self.mode == "zero1":
             return PartitionSpec()
         even = [i for i, n in enumerate(shape) if n % self.mesh.shape["fsdp"] == 0]
-        return PartitionSpec(*[None] * even[0], "fsdp") if even else PartitionSpec()
+        if not even:
+            return PartitionSpec()
+        longest = max(even, key=lambda i: shape[i])
+        return PartitionSpec(*[None] * longest, "fsdp")
 
     def layout(self, **options: Any) -> so.BlockLayout:
         """Makes the layout of Shampoo's blocks; AdamW's state lies by it as well."""
