@@ -45,21 +45,23 @@ from shampoo_optax.layout.split import join, split
 
 WIDTH = {"1.3B": (2048, 5504, 24), "7B": (4096, 11008, 32)}
 VOCABULARY = 32000
-# Name, topology, mesh, model, layers (None for all), stacked, block.
+POD, SLICE = {"topology": "v5e:16x16"}, {"topology": "v5e:4x4", "fsdp": 16}
 CASES: dict[str, dict[str, Any]] = {
-    "fsdp-256": dict(topology="v5e:16x16", fsdp=256, model="1.3B"),
-    "fsdp-16": dict(topology="v5e:4x4", fsdp=16, model="1.3B"),
-    "hsdp-16x16": dict(topology="v5e:16x16", data=16, fsdp=16, model="1.3B"),
-    "7B-256": dict(topology="v5e:16x16", fsdp=256, model="7B"),
-    "naive-16": dict(topology="v5e:4x4", fsdp=16, model="1.3B", layers=4, naive=True),
-    "per-layer-12": dict(
-        topology="v5e:4x4", fsdp=16, model="1.3B", layers=12, stacked=False
-    ),
-    "per-layer-96": dict(
-        topology="v5e:4x4", fsdp=16, model="1.3B", layers=96, stacked=False
-    ),
-    "stacked-12": dict(topology="v5e:4x4", fsdp=16, model="1.3B", layers=12),
-    "stacked-96": dict(topology="v5e:4x4", fsdp=16, model="1.3B", layers=96),
+    "fsdp-256": POD | {"fsdp": 256, "model": "1.3B"},
+    "fsdp-16": SLICE | {"model": "1.3B"},
+    # The same, block by block: the least memory.
+    "fsdp-16-one-by-one": SLICE | {"model": "1.3B", "deterministic": True},
+    "hsdp-16x16": POD | {"data": 16, "fsdp": 16, "model": "1.3B"},
+    "7B-256": POD | {"fsdp": 256, "model": "7B"},
+    "naive-16": SLICE | {"model": "1.3B", "layers": 4, "naive": True},
+    # Growth with layers; the planner would make other stacks of twelve and of 96.
+    "stacked-12": SLICE | {"model": "1.3B", "layers": 12, "merge": False},
+    "stacked-96": SLICE | {"model": "1.3B", "layers": 96, "merge": False},
+    "per-layer-12": SLICE
+    | {"model": "1.3B", "layers": 12, "stacked": False, "merge": False},
+    "per-layer-96": SLICE
+    | {"model": "1.3B", "layers": 96, "stacked": False, "merge": False},
+    "root-1024": SLICE | {"root": 1024},
 }
 
 
@@ -106,7 +108,8 @@ def measure(
     naive: bool = False,
     block: int = 1024,
     shrink: int = 1,
-    root: so.roots.RootMethod | None = None,
+    merge: bool = True,
+    deterministic: bool = False,
 ) -> dict[str, Any]:
     """Compile one case, and read the program."""
     devices = topologies.get_topology_desc(
@@ -121,8 +124,10 @@ def measure(
         mesh=mesh,
         block_axes=("fsdp",) if data == 1 else ("data", "fsdp"),
         param_specs=specs,
+        merge_stacks=merge,
+        deterministic=deterministic,
     )
-    tx = so.scale_by_shampoo(layout=layout, root=root or so.roots.CoupledNewton())
+    tx = so.scale_by_shampoo(layout=layout, root=so.roots.CoupledNewton())
     params = {
         n: jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, specs[n]))
         for n, s in shapes.items()
@@ -159,6 +164,30 @@ def measure(
         "stablehlo_kB": len(lowered.as_text()) / 1e3,
         "cpu_s": cpu,
         "wall_s": wall,
+    }
+
+
+def measure_root(*, topology: str, fsdp: int, root: int) -> dict[str, Any]:
+    """Compile the inverse fourth root of one matrix on each device."""
+    devices = topologies.get_topology_desc(
+        platform="tpu", topology_name=topology
+    ).devices
+    mesh = Mesh(np.array(devices), ("fsdp",))
+    spread = NamedSharding(mesh, P("fsdp"))
+    matrices = jax.ShapeDtypeStruct((fsdp, root, root), jnp.float32, sharding=spread)
+
+    def solve(matrices: jax.Array) -> Any:
+        return so.roots.inverse_root(so.roots.CoupledNewton(), matrices, 4)
+
+    local = jax.shard_map(solve, mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"))
+    lowered = jax.jit(local).lower(matrices)
+    before = time.process_time()
+    text = lowered.compile().as_text()
+    return {
+        "cpu_s": time.process_time() - before,
+        "instructions": hlo.lines(text),
+        "eigh_calls": text.count("Eigh"),
+        "collectives": {one.kind: 1 for one in hlo.collectives(text)},
     }
 
 
@@ -226,6 +255,7 @@ def _figures(
     # What an owner lacks of its blocks comes in and goes out; among copies of a shard
     # the updates are gathered.
     share = shard * shards / devices
+    buffers = share + (share if shards == devices else shard)
     least = 2 * share * (1 - 1 / parts) + (shard - share)
     adam = 4 * size + 2 * 2 * size
     kinds = collections.Counter(f"{one.kind}/{one.group}" for one in sent)
@@ -236,7 +266,7 @@ def _figures(
         "wire_over_ideal": wire / least,
         "wire_over_fsdp_adam": wire / adam,
         "temporaries_MB": memory.temp_size_in_bytes / 1e6,
-        "temporaries_over_exchange": memory.temp_size_in_bytes / (2 * share),
+        "temporaries_over_exchange": memory.temp_size_in_bytes / buffers,
         "collectives": dict(kinds),
         "largest_all_reduce": max(
             (one.payload for one in sent if one.kind == "all-reduce"), default=0
@@ -254,7 +284,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.one:
         case = json.loads(args.one)
-        print(json.dumps(measure(model_=case.pop("model"), **case)))
+        if "root" in case:
+            print(json.dumps(measure_root(**case)))
+        else:
+            print(json.dumps(measure(model_=case.pop("model"), **case)))
         return 0
     path = args.out or common.RESULTS / "tpu-aot" / "pods.json"
     keep = bool(args.out) or not args.quick
@@ -263,7 +296,9 @@ def main(argv: list[str] | None = None) -> int:
         results = json.loads(path.read_text())
     for name in args.case or CASES:
         case = dict(CASES[name])
-        if args.quick:
+        if args.quick and "root" in case:
+            case["root"] = 64
+        elif args.quick:
             case |= {
                 "shrink": 16,
                 "block": 64,
@@ -296,7 +331,7 @@ COLUMNS = {
 
 def _table(results: dict[str, Any]) -> str:
     rows = [
-        [name, *(found[column] for column in COLUMNS), str(found["collectives"])]
+        [name, *(found.get(column) for column in COLUMNS), str(found["collectives"])]
         for name, found in results.items()
     ]
     return common.table(["case", *COLUMNS.values(), "collectives"], rows)
