@@ -37,6 +37,11 @@ bench: $(VENV)/.bench ## measure compile and step cost beside the peers
 pods: $(VENV)/.test $(VENV)/libtpu ## compile the update for TPU pods, without one
 	PYTHONPATH=$(VENV)/libtpu $(BIN)/python -m benchmarks.pods $(ARGS)
 
+# The figures of docs/choosing.md, in about an hour; stopped, it goes on where it was.
+convergence: $(VENV)/.bench ## steps to AdamW's losses, each optimizer at its best rate
+	$(KEEP_MEMORY) OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu $(BIN)/python -m \
+	  benchmarks.convergence --picture docs/images/choosing.png $(ARGS)
+
 clean: ## remove environments, caches and runs
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 

@@ -35,7 +35,8 @@ from examples.training.progress import new_console
 from examples.training.task import Record, Schedule, Task
 
 SWEEP_SEEDS = 3  # of digits; further seeds (--seeds 10) have no say in the rates
-ROUNDS = 12  # of ten steps each, when steps are timed
+# Of ten steps each, when steps are timed: a second or two of each optimizer, or more.
+ROUNDS = {"digits": 100, "lm": 12}
 NAMES = tuple(contenders.makers(1))
 
 
@@ -184,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
                     names[:3] if args.quick else names,
                     seeds,
                     again=args.time_again,
-                    rounds=1 if args.quick else ROUNDS,
+                    rounds=1 if args.quick else ROUNDS[name],
                 )
     for name, contestants in found.items():
         goals = every[name].goals

@@ -197,13 +197,20 @@ def _draw(
         curve = curves[key]
         steps = [every * (i + 1) for i in range(len(curve))]
         label = f"{key}: {curve[-1]:.3f}"
-        look = {"color": COLOURS[key], "linestyle": STYLES.get(key, "-")}
-        axes.plot(steps, curve, linewidth=1.6, label=label, **look)
+        style = STYLES.get(key, "-")
+        axes.plot(steps, curve, style, color=COLOURS[key], linewidth=1.6, label=label)
     for goal in goals:
         loss = curves[BASELINE][goal.place(curves[BASELINE])]
         axes.axhline(loss, color="black", linestyle=":", linewidth=1)
         note = f"{goal.title}: {loss:.3f}"
-        axes.annotate(note, (every, loss), fontsize=8, va="top")
+        axes.annotate(
+            note,
+            (0, loss),
+            xytext=(0, -2),
+            textcoords="offset points",
+            fontsize=7,
+            va="top",
+        )
     low = min(map(min, curves.values()))
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(FixedLocator(TICKS[name]))
