@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=4294967296 \
   MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: train digits test lint bench pods clean
+.PHONY: train digits test lint bench convergence pods clean
 
 train: $(VENV)/.examples ## train a transformer with AdamW and Shampoo side by side
 	$(KEEP_MEMORY) $(BIN)/python -m examples.train_lm $(ARGS)
