@@ -311,10 +311,10 @@ def main(argv: list[str] | None = None) -> int:
             continue
         results[name] = case | json.loads(run.stdout.splitlines()[-1])
         print(f"{name}: {results[name]}", flush=True)
+        if keep:  # each as it comes: all of them take half an hour
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(results, indent=1) + "\n")
     print(_table(results))
-    if keep:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 

@@ -83,7 +83,7 @@ def describe(
       40 parameters, 1 owners of blocks
         w  10x4: blocks lie whole
       stack 4x4: 2 blocks in 2 slots
-      stack 4x2: 1 blocks in 1 slots
+      stack 2x4: 1 blocks in 1 slots
       balance: 1.00 times an equal share of the blocks
       exchange: 0 MB a step and device
       state: 0.00104 MB a device, 26.0 bytes a parameter in all

@@ -111,8 +111,8 @@ def test_default_layout_blocks_matrices_only() -> None:
 def test_batch_axes_are_not_folded() -> None:
     layout = so.BlockLayout(4, batch_axes=lambda path, _: int(path == "scan"))
     plan = layout.plan(["scan", "dense", "tail"], [(3, 6, 4), (6, 4), (24, 3)])
-    # Three layers and the matrix: a 4x4 and a 2x4 block of each, that one turned.
-    assert plan.stacks == {"4x4": (4, 4, 4), "4x2": (4, 4, 2), "4x3": (6, 4, 3)}
+    # Three layers and the matrix: a 4x4 and a 2x4 block of each.
+    assert plan.stacks == {"4x4": (4, 4, 4), "2x4": (4, 2, 4), "4x3": (6, 4, 3)}
 
 
 LAYOUTS = st.builds(
@@ -163,20 +163,37 @@ def test_plan_loses_no_element(layout: so.BlockLayout, shapes: list) -> None:
     assert all(i in plan.rest for i, shape in enumerate(shapes) if 0 in shape)
 
 
-def test_blocks_are_the_slices_of_the_parameter() -> None:
+@pytest.mark.parametrize("mesh", [False, True])
+def test_blocks_are_the_slices_of_the_parameter(mesh: bool) -> None:
     """Against plain slicing: order and place of every block, ragged ends included."""
-    layout = so.BlockLayout(2)
+    layout, specs = so.BlockLayout(2), None
+    if mesh:  # of one device: its stacks hold wide blocks transposed
+        devices = jax.make_mesh((1,), ("d",))
+        layout = so.BlockLayout(2, mesh=devices, block_axes=("d",))
+        specs = [((), ()), ((), ())]
     w = {0: jnp.arange(25.0).reshape(5, 5), 1: -jnp.arange(25.0).reshape(5, 5)}
-    stacks = split(w, layout.plan(["a", "b"], [(5, 5), (5, 5)]))
+    plan = layout.plan(["a", "b"], [(5, 5), (5, 5)], specs)
+    cut = jax.jit(lambda w: split(w, plan))
+    if mesh:
+        everywhere = jax.P()
+        cut = jax.shard_map(
+            cut,
+            mesh=devices,
+            in_specs=everywhere,
+            out_specs=everywhere,
+            check_vma=False,
+        )
+    stacks = cut(w)
     edges = [(0, 2), (2, 4), (4, 5)]
     wanted: dict[str, list] = {}
     # Box by box: first the whole blocks, then each ragged side, then the corner.
     for rows, columns in itertools.product((edges[:2], edges[2:]), repeat=2):
         for leaf, (r0, r1), (c0, c1) in itertools.product((0, 1), rows, columns):
             block = np.asarray(w[leaf])[r0:r1, c0:c1]
-            block = block.T if r1 - r0 < c1 - c0 else block  # a wide one is turned
+            block = block.T if mesh and r1 - r0 < c1 - c0 else block
             key = "x".join(map(str, block.shape))
             wanted.setdefault(key, []).append(block)
+    assert stacks.keys() == wanted.keys()
     for key, blocks in wanted.items():
         np.testing.assert_array_equal(stacks[key], np.stack(blocks))
 

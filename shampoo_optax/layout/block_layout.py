@@ -47,10 +47,10 @@ class BlockLayout:
         regular expression that is searched in the path (``"embed|lm_head"``), or a
         function of path and shape.
       precondition_vectors: give vectors and scalars a factor too.
-      turn_wide_blocks: let a stack hold a wide block transposed, its longer side
-        first, so that ``384x1024`` and ``1024x384`` are one stack. No update depends
-        on it, unless a transformation tells rows from columns. Not with
-        ``target_parameter_dimensionality``.
+      turn_wide_blocks: with ``block_axes``, let a stack hold a wide block transposed,
+        its longer side first, so that ``384x1024`` and ``1024x384`` are one stack and
+        one exchange. No update depends on it, unless a transformation tells rows from
+        columns. Not with ``target_parameter_dimensionality``.
       batch_axes: function of a parameter's path (``"blocks/kernel"``) and shape that
         says how many leading axes hold separate arrays: 1 for the layers of a scanned
         model or the experts of a mixture, 0 for plain parameters. None means 0.
@@ -75,7 +75,7 @@ class BlockLayout:
     Example:
       >>> layout = BlockLayout(max_preconditioner_dim=4)
       >>> layout.plan(["kernel", "bias"], [(10, 4), (4,)]).stacks
-      {'4x4': (2, 4, 4), '4x2': (1, 4, 2)}
+      {'4x4': (2, 4, 4), '2x4': (1, 2, 4)}
     """
 
     max_preconditioner_dim: int | float = 1024
@@ -169,7 +169,7 @@ class BlockLayout:
             tuple(leaves),
             self.largest_factor,
             above,
-            turn=self.turn_wide_blocks and not merging,
+            turn=self.turn_wide_blocks and not merging and mesh is not None,
             axis_sizes=tuple(devices.sizes.items()),
             block_axes=devices.block_axes,
         )

@@ -35,7 +35,8 @@ def to_owners(cells: Sequence[jax.Array], groups: Sequence[Group]) -> list[jax.A
       (2, 2, 2)
     """
     shares = [_share(x, group) for x, group in zip(cells, groups, strict=True)]
-    for together in _alike(shares, groups):
+    parted = [i for i, group in enumerate(groups) if group.parts > 1]
+    for together in _alike(shares, groups, parted):
         first = groups[together[0]]
         # [parts * slots, part, ...]: a chunk of slots for each owner.
         moved = [jnp.moveaxis(shares[i], groups[i].dim + 1, 1) for i in together]
@@ -61,7 +62,8 @@ def from_owners(
       (2, 2, 2)
     """
     cells = list(blocks)
-    for together in _alike(cells, groups):
+    away = [i for i, group in enumerate(groups) if group.parts > 1 or group.dealt]
+    for together in _alike(cells, groups, away):
         first = groups[together[0]]
         moved = [jnp.moveaxis(cells[i], groups[i].dim + 1, 1) for i in together]
         sent = [x.reshape(x.shape[0], first.parts, -1, *x.shape[2:]) for x in moved]
@@ -136,11 +138,14 @@ def _share(cells: jax.Array, group: Group) -> jax.Array:
     return lax.dynamic_slice_in_dim(cells, lax.axis_index(group.dealt) * size, size)
 
 
-def _alike(arrays: Sequence[jax.Array], groups: Sequence[Group]) -> list[list[int]]:
-    """Groups that one exchange serves."""
+def _alike(
+    arrays: Sequence[jax.Array], groups: Sequence[Group], which: Sequence[int]
+) -> list[list[int]]:
+    """Groups that one exchange serves, of some."""
     found: dict[tuple[Axes, int, Axes, tuple[int, ...]], list[int]] = {}
-    for i, (x, group) in enumerate(zip(arrays, groups, strict=True)):
-        rest = tuple(s for d, s in enumerate(x.shape[1:]) if d != group.dim)
+    for i in which:
+        group = groups[i]
+        rest = tuple(s for d, s in enumerate(arrays[i].shape[1:]) if d != group.dim)
         same = group.axes, group.parts, group.dealt, rest
         found.setdefault(same, []).append(i)
     return list(found.values())

@@ -60,7 +60,7 @@ def blockwise(
       >>> tx = blockwise(kronecker(), BlockLayout(max_preconditioner_dim=4))
       >>> state = tx.init({"w": jnp.zeros((10, 4)), "b": jnp.zeros(4)})
       >>> jax.tree.map(jnp.shape, state.blocks.factors)
-      {'4x2': {'0': (1, 4, 4), '1': (1, 2, 2)}, '4x4': {'0': (2, 4, 4), '1': (2, 4, 4)}}
+      {'2x4': {'0': (1, 2, 2), '1': (1, 4, 4)}, '4x4': {'0': (2, 4, 4), '1': (2, 4, 4)}}
     """
     inner = optax.with_extra_args_support(inner)
     outer = optax.with_extra_args_support(optax.identity() if rest is None else rest)

@@ -217,7 +217,8 @@ def _refresh(
 
         def solve(old: Refreshed, units: Units) -> Refreshed:
             vectors, null, failures = jax.tree.map(lambda x: x, old)  # to change
-            batch, before = target(units.take(factors)), units.take(vectors)
+            seen, before = units.take(factors), units.take(vectors)
+            batch = target(seen)
             if any(key in sizes for key, _ in units.members):
                 batch = statistics.apart(batch, units.take(_all(factors, sizes)))
             found = bases.new_basis(basis, batch, before, ridge=ridge)
@@ -225,7 +226,8 @@ def _refresh(
             was, count = units.take(null), units.take(failures)
             units.put(vectors, found.vectors)
             units.put(null, jnp.where(good[:, None], found.null, was))
-            units.put(failures, jnp.where(good, 0, count + 1))
+            failed = ~good & statistics.measured_any(seen)
+            units.put(failures, jnp.where(failed, count + 1, 0))
             return vectors, null, failures
 
         old = share.run(factors, members, solve, old)

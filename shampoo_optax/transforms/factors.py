@@ -188,6 +188,19 @@ def check_stacks(call: str, stacks: Any, *, order: int | None = None) -> None:
             )
 
 
+def measured_any(factors: jax.Array) -> jax.Array:
+    """Which of ``[n, d, d]`` have seen anything.
+
+    A factor of zeros (a dead slot, a parameter without a gradient so far) has no root,
+    and that it has none is no failure.
+
+    Example:
+      >>> measured_any(jnp.zeros((1, 2, 2)))
+      Array([False], dtype=bool)
+    """
+    return jnp.any(factors != 0, axis=(-2, -1))
+
+
 def no_failures(factors: Matrices) -> Matrices:
     """Refused refreshes in a row, of every matrix, before the first step."""
     return jax.tree.map(lambda a: jnp.zeros(a.shape[0], jnp.int32), factors)

@@ -229,10 +229,12 @@ def _refresh(
             roots, failures, cached = jax.tree.map(lambda x: x, old)  # to change
             vectors = None if cached is None else units.take(cached)
             before = units.take(roots), units.take(failures)
-            found = solver(target(units.take(factors)), vectors, power)
+            batch = units.take(factors)
+            found = solver(target(batch), vectors, power)
             keep = ~found[1]
             units.put(roots, jnp.where(keep[:, None, None], before[0], found[0]))
-            units.put(failures, jnp.where(keep, before[1] + 1, 0))
+            failed = keep & statistics.measured_any(batch)
+            units.put(failures, jnp.where(failed, before[1] + 1, 0))
             if cached is not None and found[2] is not None:
                 units.put(cached, found[2])
             return roots, failures, cached
