@@ -46,6 +46,7 @@ from shampoo_optax.layout.split import join, split
 WIDTH = {"1.3B": (2048, 5504, 24), "7B": (4096, 11008, 32)}
 VOCABULARY = 32000
 POD, SLICE = {"topology": "v5e:16x16"}, {"topology": "v5e:4x4", "fsdp": 16}
+GROWTH = SLICE | {"model": "1.3B", "shrink": 8, "block": 128, "merge": False}
 CASES: dict[str, dict[str, Any]] = {
     "fsdp-256": POD | {"fsdp": 256, "model": "1.3B"},
     "fsdp-16": SLICE | {"model": "1.3B"},
@@ -54,13 +55,12 @@ CASES: dict[str, dict[str, Any]] = {
     "hsdp-16x16": POD | {"data": 16, "fsdp": 16, "model": "1.3B"},
     "7B-256": POD | {"fsdp": 256, "model": "7B"},
     "naive-16": SLICE | {"model": "1.3B", "layers": 4, "naive": True},
-    # Growth with layers; the planner would make other stacks of twelve and of 96.
-    "stacked-12": SLICE | {"model": "1.3B", "layers": 12, "merge": False},
-    "stacked-96": SLICE | {"model": "1.3B", "layers": 96, "merge": False},
-    "per-layer-12": SLICE
-    | {"model": "1.3B", "layers": 12, "stacked": False, "merge": False},
-    "per-layer-96": SLICE
-    | {"model": "1.3B", "layers": 96, "stacked": False, "merge": False},
+    # Growth with layers, at an eighth of the width: sizes do not change a program. The
+    # planner would make other stacks of twelve layers than of 96.
+    "stacked-12": GROWTH | {"layers": 12},
+    "stacked-96": GROWTH | {"layers": 96},
+    "per-layer-12": GROWTH | {"layers": 12, "stacked": False},
+    "per-layer-96": GROWTH | {"layers": 96, "stacked": False},
     "root-1024": SLICE | {"root": 1024},
 }
 
