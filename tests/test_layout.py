@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import shampoo_optax as so
 from shampoo_optax.layout.fold import fold, merge
-from shampoo_optax.layout.plan import block_sides, cut
+from shampoo_optax.layout.merging import cost, merged
+from shampoo_optax.layout.plan import Leaf, Route, block_sides, cut, make_plan
 from shampoo_optax.layout.split import join, split
 
 INF = math.inf
@@ -203,3 +204,42 @@ def test_a_plan_is_made_once() -> None:
     assert layout.plan(["a", "b"], shapes) is layout.plan(["c", "d"], shapes)
     jaxpr = jax.make_jaxpr(lambda x: split({0: x}, layout.plan(["a"], [(4, 4)])))
     assert jaxpr(jnp.ones((4, 4))).out_avals[0].shape == (4, 2, 2)
+
+
+SIDES = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+@hypothesis.given(
+    st.lists(st.tuples(SIDES, st.integers(1, 40)), min_size=1, max_size=5),
+    st.sampled_from([1, 2, 3, 8, 64]),
+)
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
+def test_the_planner_against_every_way_to_join(
+    arrays: list[tuple[tuple[int, int], int]], devices: int
+) -> None:
+    """Copies on some devices: every cut of the sorted shapes into runs is tried."""
+    copies = Route(shards=((), ()), dealt=("d",))
+    leaves = tuple(
+        Leaf((n, *sides), (n, *sides), n, sides, copies) for sides, n in arrays
+    )
+    plan = make_plan(leaves, 9, axis_sizes=(("d", devices),), block_axes=("d",))
+    counts: dict[tuple[int, int], int] = {}
+    for sides, n in arrays:
+        counts[sides] = counts.get(sides, 0) + n
+    shapes = sorted(counts, reverse=True)
+
+    def price(run: list[tuple[int, int]]) -> int:
+        hull = max(s[0] for s in run), max(s[1] for s in run)
+        return -(-sum(counts[s] for s in run) // devices) * cost(hull)
+
+    best = math.inf
+    for cuts in itertools.product([False, True], repeat=len(shapes) - 1):
+        runs, run = [], [shapes[0]]
+        for shape, new in zip(shapes[1:], cuts, strict=True):
+            if new:
+                runs.append(run)
+                run = []
+            run.append(shape)
+        best = min(best, sum(price(r) for r in [*runs, run]))
+    stacks = merged(plan).stacks.values()
+    assert sum(n // devices * cost((a, b)) for n, a, b in stacks) == best

@@ -146,6 +146,28 @@ def test_blocks_filled_with_zeros(alias: Any) -> None:
             assert _distance(x, one) <= 5e-6, step
 
 
+def test_layers_and_experts() -> None:
+    """Leading axes hold arrays of their own; experts lie whole on their devices."""
+    mode = Mode(
+        {"expert": 2, "fsdp": 4},
+        ("expert", "fsdp"),
+        layers=((3, 16, 12), P(None, "fsdp")),
+        experts=((4, 8, 12), P("expert", None, None)),
+        both=((4, 16, 8), P("expert", "fsdp")),
+    )
+
+    def batch_axes(path: str, shape: tuple[int, ...]) -> int:
+        return 1
+
+    one = so.BlockLayout(BLOCK, batch_axes=batch_axes)
+    layout = mode.layout(batch_axes=batch_axes)
+    wanted = _run(so.scale_by_shampoo(layout=one, refresh=REFRESH), mode.like())[0]
+    tx = so.scale_by_shampoo(layout=layout, refresh=REFRESH)
+    found = _run(tx, mode.like(), mode.place)[0]
+    for step, (ours, alone) in enumerate(zip(found, wanted, strict=True)):
+        assert _distance(ours, alone) <= 5e-6, step
+
+
 def _stacks(state: Any) -> dict[str, jax.Array]:
     return state.blocks.mu
 
