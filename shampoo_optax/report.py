@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -10,7 +11,7 @@ import optax
 
 from shampoo_optax.layout.block_layout import BlockLayout
 from shampoo_optax.layout.merging import cost
-from shampoo_optax.layout.plan import Group, Leaf, Plan
+from shampoo_optax.layout.plan import Box, Leaf, Plan
 from shampoo_optax.shardings import state_shardings
 from shampoo_optax.transforms._tree import Tree
 
@@ -94,7 +95,10 @@ def describe(
         name: _way(leaf, plan)
         for name, leaf in zip(tree.names, plan.leaves, strict=True)
     }
-    stacks = {key: (_blocks(plan, key), shape[0]) for key, shape in plan.stacks.items()}
+    stacks = {
+        key: (sum(number for _, number in _boxes(plan, key)), shape[0])
+        for key, shape in plan.stacks.items()
+    }
     return Description(
         parameters=sum(math.prod(leaf.shape) for leaf in plan.leaves),
         devices=plan.devices,
@@ -132,28 +136,20 @@ def _way(leaf: Leaf, plan: Plan) -> str:
     return f"{shape}: " + ("; ".join(steps) or "blocks lie whole")
 
 
-def _blocks(plan: Plan, key: str) -> int:
-    """Blocks of a stack, without dead slots."""
-    return sum(
-        pool.cells(box) * _outer(group, plan)
-        for group in plan.groups[key]
-        for pool, box in group.members
-    )
-
-
-def _outer(group: Group, plan: Plan) -> int:
-    """How many sets of neighbours or copies hold cells of their own."""
-    return plan.devices // (group.shares * group.parts)
+def _boxes(plan: Plan, key: str) -> Iterator[tuple[Box, int]]:
+    """What fills a stack: boxes, and the blocks of each on all devices."""
+    for group in plan.groups[key]:
+        # Sets of neighbours and copies hold cells of their own.
+        sets = plan.devices // (group.shares * group.parts)
+        for pool, box in group.members:
+            yield box, pool.cells(box) * sets
 
 
 def _balance(plan: Plan) -> float:
     held, needed = 0, 0
     for key, (slots, *shape) in plan.stacks.items():
         held += slots * cost(tuple(shape))
-        for group in plan.groups[key]:
-            for pool, box in group.members:
-                number = pool.cells(box) * _outer(group, plan)
-                needed += number * cost(box.stacked)
+        needed += sum(number * cost(box.stacked) for box, number in _boxes(plan, key))
     return held / needed if needed else 1.0
 
 
@@ -164,14 +160,12 @@ def _sent(plan: Plan) -> float:
         for group in groups:
             own = math.prod(group.members[0][1].slot) * group.slots * EXCHANGED
             total += 2 * own * (1 - 1 / group.parts) + own * (group.shares - 1)
-    sizes = dict(plan.axis_sizes)
     for leaf in plan.leaves:
         size = math.prod(leaf.local) * EXCHANGED
         for _, axes in leaf.route.gathered:
-            total += size * (1 - 1 / math.prod(sizes[axis] for axis in axes))
+            total += size * (1 - 1 / plan.along(axes))
         if leaf.route.resharded is not None:
-            axes = leaf.route.resharded[0]
-            total += 2 * size * (1 - 1 / math.prod(sizes[axis] for axis in axes))
+            total += 2 * size * (1 - 1 / plan.along(leaf.route.resharded[0]))
     return total
 
 

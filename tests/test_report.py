@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
 
 import shampoo_optax as so
 from benchmarks import hlo
-from tests.test_sharded import BLOCK, MODES
+from tests.test_sharded import BLOCK, MODES, abstract
 
 
 @pytest.mark.parametrize("mode", ["fsdp8", "zero18", "hsdp", "tensor", "resharded"])
 def test_bytes_on_the_wire_and_of_the_state(mode: str) -> None:
     chosen = MODES[mode]
-    layout, mesh = chosen.layout(), chosen.mesh()
+    layout = chosen.layout()
     tx = so.scale_by_shampoo(layout=layout)
-    params = {
-        name: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=NamedSharding(mesh, chosen.specs[name])
-        )
-        for name, x in chosen.like().items()
-    }
-    where = so.state_shardings(tx, params, layout)
-    state: Any = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(tx.init, params),
-        where,
-    )
+    params, state = abstract(chosen, layout, tx)
     said = so.describe(params, layout, tx)
     program = jax.jit(tx.update).lower(params, state).compile()
     sent = sum(one.wire for one in hlo.collectives(program.as_text()))

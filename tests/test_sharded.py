@@ -283,23 +283,30 @@ def test_deterministic_is_the_same_optimizer() -> None:
 COLLECTIVES = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
 
 
-def _collectives(mode: Mode, **options: Any) -> collections.Counter[str]:
-    """What the compiled update sends, by kind."""
-    layout = mode.layout(**options)
-    tx = so.scale_by_shampoo(layout=layout, refresh=REFRESH)
-    like, mesh = mode.like(), mode.mesh()
+def abstract(
+    mode: Mode, layout: so.BlockLayout, tx: optax.GradientTransformation
+) -> tuple[Any, Any]:
+    """Parameters and state as shapes that know where they lie."""
+    mesh = mode.mesh()
     params = {
         name: jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=NamedSharding(mesh, mode.specs[name])
         )
-        for name, x in like.items()
+        for name, x in mode.like().items()
     }
-    where = so.state_shardings(tx, params, layout)
     state = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         jax.eval_shape(tx.init, params),
-        where,
+        so.state_shardings(tx, params, layout),
     )
+    return params, state
+
+
+def _collectives(mode: Mode, **options: Any) -> collections.Counter[str]:
+    """What the compiled update sends, by kind."""
+    layout = mode.layout(**options)
+    tx = so.scale_by_shampoo(layout=layout, refresh=REFRESH)
+    params, state = abstract(mode, layout, tx)
     step = jax.jit(tx.update).lower(params, state, params).compile()
     return collections.Counter(
         re.findall(rf" ({COLLECTIVES})(?:-start)?\(", step.as_text())

@@ -41,7 +41,7 @@ def to_owners(cells: Sequence[jax.Array], groups: Sequence[Group]) -> list[jax.A
         # [parts * slots, part, ...]: a chunk of slots for each owner.
         moved = [jnp.moveaxis(shares[i], groups[i].dim + 1, 1) for i in together]
         sent = [x.reshape(first.parts, -1, *x.shape[1:]) for x in moved]
-        got = _all_to_all(_joined(sent, 1), first, 0, 1)
+        got = _all_to_all(joined(sent, 1), first, 0, 1)
         got = got.reshape(got.shape[0], -1, *got.shape[3:])
         slots = [groups[i].slots for i in together]
         for i, x in zip(together, pieces(got, slots), strict=True):
@@ -67,7 +67,7 @@ def from_owners(
         first = groups[together[0]]
         moved = [jnp.moveaxis(cells[i], groups[i].dim + 1, 1) for i in together]
         sent = [x.reshape(x.shape[0], first.parts, -1, *x.shape[2:]) for x in moved]
-        got = _all_to_all(_joined(sent, 0), first, 1, 0)
+        got = _all_to_all(joined(sent, 0), first, 1, 0)
         if first.dealt:  # [shares, parts, slots, part, ...]
             got = lax.all_gather(got, first.dealt, to="invarying")
         got = got.reshape(first.shares, first.parts, *got.shape[-len(moved[0].shape) :])
@@ -166,7 +166,8 @@ def _all_to_all(x: jax.Array, group: Group, split: int, concat: int) -> jax.Arra
     return lax.all_to_all(x, group.axes, split, concat, axis_index_groups=neighbours)
 
 
-def _joined(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
+def joined(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
+    """Arrays of one dtype behind one another; one alone comes back as it is."""
     return arrays[0] if len(arrays) == 1 else lax.concatenate(arrays, axis)
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from shampoo_optax.layout.plan import Box, Group, Plan, Pool, Shape
+from shampoo_optax.layout.plan import Axes, Box, Group, Plan, Pool, Shape
 
 
 def cost(shape: Shape) -> int:
@@ -70,14 +70,16 @@ def _best_runs(stacks: Sequence[tuple[Shape, tuple[Group, ...]]]) -> list[range]
 def _price(run: Sequence[tuple[Shape, tuple[Group, ...]]]) -> float:
     """Slots of a device times the cost of one, if the run were one stack."""
     shape = _hull([shape for shape, _ in run])
-    cells: dict[tuple[object, ...], int] = {}
+    cells: dict[tuple[Axes, int, int, Axes, int], int] = {}
     for own, groups in run:
         for group in groups:
             if group.parts > 1 and own[group.dim] != shape[group.dim]:
                 return math.inf  # parts are exchanged along a side of one length
             alike = group.axes, group.dim, group.parts, group.dealt, group.shares
             cells[alike] = cells.get(alike, 0) + group.cells
-    slots = sum(-(-n // (alike[2] * alike[4])) for alike, n in cells.items())  # type: ignore[operator]
+    slots = sum(
+        -(-n // (parts * shares)) for (_, _, parts, _, shares), n in cells.items()
+    )
     return slots * cost(shape)
 
 

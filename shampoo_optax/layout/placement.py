@@ -7,6 +7,7 @@ optimizer cannot see it: it has to be said.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -207,9 +208,7 @@ def _normal(name: str, shape: Shape, spec: Any, mesh: AnyMesh) -> Spec:
     for size, entry in zip(shape, entries, strict=True):
         axes = () if entry is None else (entry,) if isinstance(entry, str) else entry
         _known(call, axes, mesh)
-        number = 1
-        for axis in axes:
-            number *= mesh.shape[axis]
+        number = math.prod(mesh.shape[axis] for axis in axes)
         if size % number:
             raise ValueError(
                 f"{call}: a dimension of {size} cannot lie on {number} devices in "

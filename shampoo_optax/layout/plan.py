@@ -145,7 +145,11 @@ class Plan:
     @property
     def devices(self) -> int:
         """How many devices own different blocks."""
-        return _size(self.block_axes, self.axis_sizes)
+        return self.along(self.block_axes)
+
+    def along(self, axes: Axes) -> int:
+        """How many devices lie along some axes of the mesh."""
+        return _size(axes, self.axis_sizes)
 
     @property
     def stacks(self) -> dict[str, Shape]:
@@ -180,7 +184,7 @@ class Plan:
             found.setdefault(box.key, {}).setdefault(alike, []).append((pool, box))
         return {
             key: tuple(
-                Group(tuple(boxes), axes, dim, n, dealt, _size(dealt, self.axis_sizes))
+                Group(tuple(boxes), axes, dim, n, dealt, self.along(dealt))
                 for (axes, dim, n, dealt), boxes in groups.items()
             )
             for key, groups in found.items()

@@ -214,5 +214,4 @@ def _unpool(
 def _concatenate(arrays: list[jax.Array], axis: int) -> jax.Array:
     """Concatenate, promoting dtypes on purpose; one array comes back as it is."""
     dtype = promoted(*(array.dtype for array in arrays))
-    arrays = [array.astype(dtype) for array in arrays]
-    return arrays[0] if len(arrays) == 1 else lax.concatenate(arrays, axis)
+    return exchange.joined([array.astype(dtype) for array in arrays], axis)
