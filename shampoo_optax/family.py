@@ -24,7 +24,7 @@ from shampoo_optax.transforms.weight_decay import Kind
 
 def soap(
     learning_rate: optax.ScalarOrSchedule,
-    b1: ArrayLike | None = 0.95,
+    b1: ArrayLike | None = 0.9,
     b2: ArrayLike = 0.95,
     eps: ArrayLike = 1e-8,
     weight_decay: ArrayLike | None = 1e-4,
@@ -43,8 +43,9 @@ def soap(
     """SOAP: Adam in the eigenbases of Shampoo's factors.
 
     Equals ``optax.chain(scale_by_soap(...), add_weight_decay(...),
-    optax.scale_by_learning_rate(learning_rate))``. Adam itself until the first
-    refresh, and AdamW's learning rate is the place to begin.
+    optax.scale_by_learning_rate(learning_rate))``. With Nesterov's momentum
+    and bases from the first step on, which needed fewer steps than either without
+    (``docs/choosing.md``). Its best learning rate is about twice AdamW's.
 
     Args:
       learning_rate: a number or a schedule, in AdamW's unit.
@@ -55,9 +56,10 @@ def soap(
       mask: which parameters decay, as in ``optax.adamw``.
       weight_decay_type: see :func:`add_weight_decay`.
       peak_learning_rate: see :func:`add_weight_decay`.
-      b3: decay of the average used in this step only; None means ``b1``.
+      b3: decay of the average used in this step only; None means ``b1**2``, Nesterov's
+        momentum, and ``b1`` is none.
       layout: which blocks.
-      refresh: when bases are computed anew.
+      refresh: when bases are computed anew; with no start named, first at step 1.
       basis: how, for example ``bases.QR()``.
       grafting: a magnitude rule; None keeps SOAP's own.
       null_space: see :func:`eigenbasis`.
@@ -127,7 +129,8 @@ def spectral_descent(
       mask: which parameters decay, as in ``optax.adamw``.
       weight_decay_type: see :func:`add_weight_decay`.
       peak_learning_rate: see :func:`add_weight_decay`.
-      b3: decay of the average used in this step only; ``b1**2`` is Nesterov's.
+      b3: decay of the average used in this step only; None means ``b1**2``, Nesterov's
+        momentum, and ``b1`` is none.
       method: how orthogonal factors are computed.
       scale: how long they are, for example ``orthogonal.AspectRatio()`` (Muon's).
       layout: which matrices.

@@ -109,7 +109,7 @@ def scale_by_shampoo(
 
 
 def scale_by_soap(
-    b1: ArrayLike | None = 0.95,
+    b1: ArrayLike | None = 0.9,
     b2: ArrayLike = 0.95,
     eps: ArrayLike = 1e-8,
     *,
@@ -131,9 +131,10 @@ def scale_by_soap(
       b1: decay of the gradient's moving average; None for none.
       b2: decay of the factors and of the second moment.
       eps: added to the root of the second moment, in units of the gradient.
-      b3: decay of the average used in this step only; None means ``b1``.
+      b3: decay of the average used in this step only; None means ``b1**2``, Nesterov's
+        momentum, and ``b1`` is none.
       layout: which blocks.
-      refresh: when bases are computed anew.
+      refresh: when bases are computed anew; with no start named, first at step 1.
       basis: how, for example ``bases.CholeskyQR2()``.
       grafting: a magnitude rule; None keeps SOAP's own, which is Adam's already.
       null_space: see :func:`eigenbasis`.
@@ -155,6 +156,8 @@ def scale_by_soap(
 
     Source: Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024.
     """
+    if refresh.start_preconditioning_step is None:
+        refresh = dataclasses.replace(refresh, start_preconditioning_step=1)
     direction = eigenbasis(
         b2,
         eps,
@@ -164,7 +167,7 @@ def scale_by_soap(
         bias_correction=bias_correction,
         null_space=null_space,
     )
-    average = _Average(b1, b3, bias_correction, mu_dtype)
+    average = _Average(b1, _ahead(b1, b3), bias_correction, mu_dtype)
     rest = magnitudes.adam(b2, eps) if grafting is None else grafting
     return _assembled(direction, grafting, refresh, layout, average, rest)
 
@@ -186,8 +189,8 @@ def scale_by_spectral_descent(
 
     Args:
       b1: decay of the gradient's moving average; None for none.
-      b3: decay of the average used in this step only; ``b1**2`` is Nesterov's
-        momentum (Muon's), None means ``b1``.
+      b3: decay of the average used in this step only; None means ``b1**2``, Nesterov's
+        momentum (as in Muon), and ``b1`` is none.
       method: how orthogonal factors are computed.
       scale: how long they are; the default gives entries the size of Adam's.
       layout: which matrices; by default nothing is cut.
@@ -210,11 +213,16 @@ def scale_by_spectral_descent(
 
     Source: Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024.
     """
-    average = _Average(b1, b3, True, mu_dtype)
+    average = _Average(b1, _ahead(b1, b3), True, mu_dtype)
     direction = spectral(method, scale)
     # Scale rules look at the sides of a matrix.
     layout = dataclasses.replace(layout, turn_wide_blocks=False, merge_stacks=False)
     return _assembled(direction, None, Refresh(), layout, average, rest)
+
+
+def _ahead(b1: ArrayLike | None, b3: ArrayLike | None) -> ArrayLike | None:
+    """The decay of Nesterov's momentum, where no other is given."""
+    return b1 * b1 if b3 is None and b1 is not None else b3
 
 
 class _Average(NamedTuple):

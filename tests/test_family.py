@@ -237,7 +237,8 @@ def test_orthogonal_factors(shape: tuple[int, int]) -> None:
 
 def test_spectral_descent_is_optax_muon() -> None:
     kernel = jnp.zeros((4, 6))
-    ours = so.scale_by_spectral_descent(0.95, scale=so.orthogonal.AspectRatio())
+    aspect = so.orthogonal.AspectRatio()
+    ours = so.scale_by_spectral_descent(0.95, b3=0.95, scale=aspect)
     shape = optax.contrib.MuonDimensionNumbers()
     muon = optax.contrib.scale_by_muon(
         beta=0.95, nesterov=False, weight_dimension_numbers=shape
