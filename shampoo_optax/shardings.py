@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shampoo_optax import _checks
+from shampoo_optax._paths import keys_of, owner_of
 from shampoo_optax.layout import placement
 from shampoo_optax.layout.block_layout import BlockLayout
 from shampoo_optax.transforms._spread import block_spec
@@ -65,7 +66,7 @@ def state_shardings(
     specs = placement.specs_of(names, leaves, mesh, layout.param_specs)
     assert specs is not None  # there is a mesh
     owners = {
-        _keys(path): (
+        keys_of(path): (
             tuple(jnp.shape(leaf)),
             placement.sharding(mesh, placement.partition_spec(spec), jnp.ndim(leaf)),
         )
@@ -79,33 +80,11 @@ def state_shardings(
     def of(path: Path, node: Any) -> Any:
         if isinstance(node, BlockwiseState):
             rest = jax.tree_util.tree_map_with_path(of, node.rest)
-            return BlockwiseState(jax.tree.map(blocks, node.blocks), rest)
-        own = _owner(_keys(path), tuple(node.shape), owners)
+            return BlockwiseState(jax.tree.map(blocks, node.blocks), rest, node.blocked)
+        own = owner_of(keys_of(path), tuple(node.shape), owners)
         return own or placement.sharding(mesh, PartitionSpec(), node.ndim)
 
     state = jax.eval_shape(tx.init, params)
     return jax.tree_util.tree_map_with_path(
         of, state, is_leaf=lambda node: isinstance(node, BlockwiseState)
     )
-
-
-def _keys(path: Path) -> tuple[str, ...]:
-    """A path whose keys compare across containers; without a box's ``value``."""
-    keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    last = path[-1] if path else None
-    if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":
-        keys.pop()
-    return tuple(keys)
-
-
-def _owner(
-    keys: tuple[str, ...],
-    shape: tuple[int, ...],
-    owners: dict[tuple[str, ...], tuple[tuple[int, ...], NamedSharding]],
-) -> NamedSharding | None:
-    """That of the parameter whose path a leaf's path ends with, if it has its shape."""
-    for length in range(len(keys), -1, -1):
-        owner = owners.get(keys[len(keys) - length :])
-        if owner is not None and owner[0] == shape:
-            return owner[1]
-    return None

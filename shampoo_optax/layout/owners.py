@@ -8,13 +8,12 @@ parameter counts them, batch first, then row by row of its grid: the same on any
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from shampoo_optax.layout.plan import Axes, Box, Group, Plan, Pool, Shape
+from shampoo_optax.layout.plan import Axes, Box, Group, Plan, Pool
 from shampoo_optax.layout.routes import Spec
 
 Rows = np.ndarray  # [blocks], int: row of the stack, by block of the parameter
@@ -60,7 +59,7 @@ def held(
     Example:
       >>> from shampoo_optax.layout.block_layout import BlockLayout
       >>> plan = BlockLayout(2).plan(["a", "b"], [(4, 2), (2, 2)])
-      >>> [(member.leaf, member.rows.tolist()) for member in held(plan, None, [0, 0])["2x2"]]
+      >>> [(m.leaf, m.rows.tolist()) for m in held(plan, None, [0, 0])["2x2"]]
       [(0, [0, 1]), (1, [2])]
     """
     sizes = dict(plan.axis_sizes)
@@ -120,35 +119,20 @@ def _blocks(
 ) -> list[int]:
     """Numbers of the blocks that cross a device, in the order in which it cuts them."""
     known = plan.leaves[leaf]
-    starts, local, whole = _batch(known.shape, known.local, leaf, place, specs, batch_axes)
-    whole_gathered = {dim for dim, _ in known.route.gathered}
-    starts = [0 if dim in whole_gathered else s for dim, s in enumerate(starts)]
-    for dim, size in enumerate(box.block):
+    gathered = {dim for dim, _ in known.route.gathered}
+    starts, local, whole = [], [], []
+    for dim in range(batch_axes[leaf]):
+        axes = () if specs is None or dim in gathered else specs[leaf][dim]
+        starts.append(place.along(axes) * known.local[dim])
+        local.append(known.local[dim])
+        whole.append(known.shape[dim])
+    for dim, side in enumerate(box.whole):
         axes = pool.route.shards[dim] if pool.route.shards else ()
-        shards = math.prod(place.sizes[axis] for axis in axes)
-        at = place.along(axes)
-        starts.append(at * pool.shape[dim] // box.whole[dim] if shards > 1 else 0)
+        # A shard begins at a block's boundary, or inside one block.
+        starts.append(place.along(axes) * pool.shape[dim] // side)
         local.append(box.grid[dim])
-        number = box.grid[dim] if shards == 1 else shards * pool.shape[dim] // box.whole[dim]
-        whole.append(number)
-        del size
+        shards = plan.along(axes)
+        whole.append(box.grid[dim] if shards == 1 else shards * pool.shape[dim] // side)
     grid = np.indices(local).reshape(len(local), -1)
-    moved = grid + np.array(starts, int).reshape(-1, 1)
-    return np.ravel_multi_index(tuple(moved), tuple(whole)).tolist() if whole else [0]
-
-
-def _batch(
-    shape: Shape,
-    local: Shape,
-    leaf: int,
-    place: _Place,
-    specs: Sequence[Spec] | None,
-    batch_axes: Sequence[int],
-) -> tuple[list[int], list[int], list[int]]:
-    """Where a device's share of the batch axes begins, its size, and that of all."""
-    number = batch_axes[leaf]
-    starts = [
-        0 if specs is None else place_along(place, specs[leaf][dim]) * local[dim]
-        for dim in range(number)
-    ]
-    return starts, list(local[:number]), list(shape[:number])
+    moved = grid + np.array(starts).reshape(-1, 1)
+    return [int(i) for i in np.ravel_multi_index(tuple(moved), tuple(whole))]

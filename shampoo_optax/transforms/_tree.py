@@ -81,6 +81,15 @@ class Tree:
         ]
         return jax.tree.unflatten(self.treedef, leaves)
 
+    def marks(self) -> Any:
+        """Which leaves are cut, without arrays: under a mask, not all of a model's."""
+        loose = set(self.plan.rest)
+        marks = [
+            optax.MaskedNode() if i in loose else optax.EmptyState()
+            for i in range(len(self.leaves))
+        ]
+        return jax.tree.unflatten(self.treedef, marks)
+
     def rebuild(self, joined: dict[int, jax.Array], loose: Any) -> Any:
         """The tree back from its two parts."""
         leaves = dict(zip(self.plan.rest, jax.tree.leaves(loose), strict=True))

@@ -28,6 +28,7 @@ class BlockwiseState(NamedTuple):
 
     blocks: Any  # the inner state, in stacks
     rest: Any  # state of what is not blocked, in the parameters' own layout
+    blocked: Any = ()  # the parameters' tree without arrays: EmptyState where blocked
 
 
 def blockwise(
@@ -74,14 +75,15 @@ def blockwise(
         if not tree.leaves:
             # optax.tree.map_params asks for the state of a tree without leaves, and
             # takes it for a prefix of the real one: an array stands for any stacks.
-            return BlockwiseState(jnp.zeros([]), outer.init(tree.rest()))
+            rest = outer.init(tree.rest())
+            return BlockwiseState(jnp.zeros([]), rest, tree.marks())
         dtypes = tree.stack_dtypes()
         stacks = {
             key: jnp.zeros(shape, dtypes[key])
             for key, shape in tree.plan.stacks.items()
         }
         blocks = place_blocks(inner.init(stacks), tree)
-        return BlockwiseState(blocks, outer.init(tree.rest()))
+        return BlockwiseState(blocks, outer.init(tree.rest()), tree.marks())
 
     def update_fn(
         updates: optax.Updates,
@@ -116,7 +118,8 @@ def blockwise(
             None if model is None else model.rest(),
             **loose_extra,
         )
-        return tree.rebuild(joined, loose), BlockwiseState(blocks, rest_state)
+        state = BlockwiseState(blocks, rest_state, state.blocked)
+        return tree.rebuild(joined, loose), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
