@@ -26,15 +26,16 @@ SOURCES = {
 }
 # Front doors: the package's own re-exports everything, those of the rooms are empty.
 DOORS = [name for name in SOURCES if name.endswith("__init__")]
+PUBLIC = ["shampoo_optax.__init__", "shampoo_optax.checkpoint.__init__"]
 MODULES = [name for name in SOURCES if name not in DOORS]
 # From the roof down. A room may import from any room below it, and from itself.
 FLOORS = [
-    ["report"],
+    ["report", "checkpoint", "migrate"],
     ["alias", "family", "shardings"],
     ["scale_by", "_chain"],
     ["transforms"],
     ["layout", "linalg"],
-    ["_checks"],
+    ["_checks", "_paths"],
 ]
 LONGEST_FILE, LONGEST_FUNCTION = 350, 60
 
@@ -99,6 +100,10 @@ def test_the_core_imports_jax_and_optax_only(module: str) -> None:
     allowed = {"jax", "optax"}
     if module.startswith("shampoo_optax.linalg."):
         allowed = {"jax"}
+    if module in ("shampoo_optax.layout.owners", "shampoo_optax.checkpoint.moves"):
+        allowed = {"jax", "numpy"}  # JAX's own dependency: tables of rows
+    if module == "shampoo_optax.checkpoint.store":
+        allowed = {"jax", "optax", "orbax"}  # an extra
     if module == "shampoo_optax.layout.plan":
         allowed = set()  # algebra on shapes
     assert others <= allowed, module
@@ -130,7 +135,7 @@ def test_the_front_doors() -> None:
     """The package re-exports explicitly, and the rooms' doors hold no code."""
     for door in DOORS:
         for node in _tree(door).body:
-            if door != "shampoo_optax.__init__":
+            if door not in PUBLIC:
                 assert isinstance(node, ast.Expr), f"{door} is for its docstring"
             elif isinstance(node, ast.ImportFrom) and "shampoo" in str(node.module):
                 for alias in node.names:

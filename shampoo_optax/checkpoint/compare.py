@@ -63,8 +63,7 @@ def _same_blocks(name: str, found: View, wanted: View) -> None:
         raise ValueError(
             f"checkpoint: parameter '{name}' is there in blocks of {_some(found)}, and "
             f"the layout cuts it into {_some(wanted)}. Pass the "
-            "max_preconditioner_dim (and the rules) that it was saved with, or "
-            "restore(..., reblock=True) to carry its statistics over."
+            "max_preconditioner_dim (and the rules) that it was saved with."
         )
 
 
@@ -77,9 +76,9 @@ def _same_leaf(name: str, found: Any, wanted: Any) -> None:
         )
     if str(found.dtype) != str(wanted.dtype):
         raise ValueError(
-            f"checkpoint: {name} is {found.dtype} there; wanted {wanted.dtype}. Nothing "
-            "is cast silently: restore in the dtype that it was saved in, and cast "
-            "afterwards."
+            f"checkpoint: {name} is {found.dtype} there; wanted {wanted.dtype}. "
+            "Nothing is cast silently: restore in the dtype that it was saved in, and "
+            "cast afterwards."
         )
 
 
@@ -88,8 +87,8 @@ def _same_method(found: View, wanted: View) -> None:
     if here and there and not here & there:
         kept, asked = (" and ".join(METHODS[m] for m in ms) for ms in (there, here))
         raise ValueError(
-            f"checkpoint: it holds {kept}, and this optimizer wants {asked}; one cannot "
-            "be made of the other. Restore into the alias that it was saved from, or "
+            f"checkpoint: it holds {kept}, and this optimizer wants {asked}; one "
+            "cannot be made of the other. Restore into the alias that it was saved from, or "
             "begin the optimizer afresh and restore the parameters alone."
         )
 

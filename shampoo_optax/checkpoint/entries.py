@@ -1,4 +1,4 @@
-"""What each leaf of an optimizer's state is: of a parameter's blocks, of one, or shared.
+"""What each leaf of a state is: of a parameter's blocks, of a parameter, or shared.
 
 A leaf is named by the fields and keys on its way, without the places in chains: so a
 transformation without state (a clip) may come or go, and names stay.
@@ -130,7 +130,8 @@ class _Reader:
     def blocks(self, path: Path, node: BlockwiseState) -> None:
         """Take all stacks of one blockwise transformation."""
         tree, plan = self._tree(node)
-        axes = [self.layout._batch_axes(n, s) for n, s in zip(tree.names, plan.shapes)]
+        named = zip(tree.names, plan.shapes, strict=True)
+        axes = [self.layout.leading_axes(name, shape) for name, shape in named]
         members = held(plan, tree.specs, axes)
         paths, _ = jax.tree_util.tree_flatten_with_path(tree.abstract())
         names = [escaped(keys_of(path)) for path, _ in paths]

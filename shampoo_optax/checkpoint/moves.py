@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from shampoo_optax.checkpoint.entries import Cut
 from shampoo_optax.layout import placement
@@ -124,7 +124,7 @@ def given(
     return run(parts, source.astype(np.int32))
 
 
-def placed(array: jax.Array, where: NamedSharding | None) -> jax.Array:
+def placed(array: jax.Array, where: Sharding | None) -> jax.Array:
     """An array where it is wanted; a traced one, or on one device, stays."""
     if where is None or isinstance(array, jax.core.Tracer):
         return array
@@ -199,7 +199,7 @@ def _giver(
 
 
 def _filled(part: jax.Array, slot: Shape, eye: bool) -> jax.Array:
-    """Zeros up to the stack's shape; ones on the new part of a diagonal with ``eye``."""
+    """Zeros up to the stack's shape; with ``eye`` ones on the diagonal's new part."""
     gaps = [total - own for own, total in zip(part.shape[1:], slot, strict=True)]
     if not any(gaps):
         return part

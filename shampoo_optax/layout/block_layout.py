@@ -156,7 +156,7 @@ class BlockLayout:
         above = math.inf if merging else self.one_sided_above
         leaves = []
         for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
-            axes = self._batch_axes(name, shape)
+            axes = self.leading_axes(name, shape)
             batch, dims = math.prod(shape[:axes]), self._fold(shape[axes:])
             if dims is None or batch == 0 or self._skips(name, shape):
                 leaves.append(Leaf(shape, shape, batch, None))
@@ -184,7 +184,8 @@ class BlockLayout:
             return re.search(self.skip, name) is not None
         return bool(self.skip(name, shape))
 
-    def _batch_axes(self, name: str, shape: Shape) -> int:
+    def leading_axes(self, name: str, shape: Shape) -> int:
+        """How many leading axes of a parameter hold separate arrays."""
         axes = 0 if self.batch_axes is None else self.batch_axes(name, shape)
         if not 0 <= axes <= len(shape):
             raise ValueError(

@@ -103,7 +103,9 @@ def _cells(
         for leaf in pool.leaves
         for block in _blocks(plan, pool, box, leaf, place, specs, batch_axes)
     ]
-    first = place.along(group.dealt) * group.parts + place.along(group.axes) % group.parts
+    first = (
+        place.along(group.dealt) * group.parts + place.along(group.axes) % group.parts
+    )
     chosen = before[first * group.slots : (first + 1) * group.slots]
     return chosen + [None] * (group.slots - len(chosen))
 
