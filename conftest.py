@@ -38,6 +38,8 @@ def _doctest_names(doctest_namespace: dict) -> None:
     import optax
 
     import shampoo_optax as so
+    from shampoo_optax import checkpoint
 
     names = {name: getattr(so, name) for name in dir(so) if not name.startswith("_")}
-    doctest_namespace.update(names, so=so, jax=jax, jnp=jnp, optax=optax)
+    names |= {"so": so, "jax": jax, "jnp": jnp, "optax": optax}
+    doctest_namespace.update(names, checkpoint=checkpoint)

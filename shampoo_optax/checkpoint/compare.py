@@ -10,6 +10,13 @@ View = Mapping[str, Any]
 METHODS = {"roots": "Shampoo's inverse roots", "bases": "SOAP's eigenbases"}
 
 
+def compare_params(found: View, wanted: View) -> None:
+    """Raise unless parameters by name have the shapes and dtypes that are wanted."""
+    _same_names("parameter", found, wanted, RENAMED)
+    for name, leaf in wanted.items():
+        _same_leaf(f"parameter '{name}'", found[name], leaf)
+
+
 def compare(found: View, wanted: View) -> None:
     """Raise unless a view has the parameters, slots, shapes and dtypes that are wanted.
 
@@ -88,8 +95,8 @@ def _same_method(found: View, wanted: View) -> None:
         kept, asked = (" and ".join(METHODS[m] for m in ms) for ms in (there, here))
         raise ValueError(
             f"checkpoint: it holds {kept}, and this optimizer wants {asked}; one "
-            "cannot be made of the other. Restore into the alias that it was saved from, or "
-            "begin the optimizer afresh and restore the parameters alone."
+            "cannot be made of the other. Restore into the alias that it was saved from, "
+            "or begin the optimizer afresh and restore the parameters alone."
         )
 
 

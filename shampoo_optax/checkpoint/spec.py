@@ -1,0 +1,131 @@
+"""What a checkpoint says of itself: names, shapes, dtypes, digests, origin."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from shampoo_optax.checkpoint.digest import digests
+from shampoo_optax.checkpoint.view import VERSION
+from shampoo_optax.layout.block_layout import BlockLayout
+
+FORMAT = "shampoo_optax"
+Spec = dict[str, Any]
+# Of the layout, what decides names and shapes; the mesh decides none.
+RULES = (
+    "max_preconditioner_dim",
+    "target_parameter_dimensionality",
+    "one_sided_above",
+    "precondition_vectors",
+)
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint cannot be read, or is not what was saved."""
+
+
+def spec_of(arrays: dict[str, Any], layout: BlockLayout, extra: Any) -> Spec:
+    """The spec of ``{"params": ..., "optimizer": ...}`` (a view), with its checksum.
+
+    Args:
+      arrays: all that is saved; every process of a mesh has to call this.
+      layout: which blocks.
+      extra: anything that JSON can hold.
+
+    Returns:
+      What JSON can hold.
+    """
+    leaves, treedef = jax.tree.flatten(arrays)
+    said = [
+        {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "digest": number}
+        for leaf, number in zip(leaves, digests(arrays), strict=True)
+    ]
+    rules = {rule: str(getattr(layout, rule)) for rule in RULES}
+    spec = {
+        "format": FORMAT,
+        "version": VERSION,
+        "packages": {
+            name: _version(name) for name in ("jax", "optax", "shampoo-optax")
+        },
+        "layout": rules,
+        "arrays": jax.tree.unflatten(treedef, said),
+        "extra": extra,
+    }
+    return {**spec, "checksum": _checksum(spec)}
+
+
+def check(spec: Any, where: str) -> None:
+    """Raise unless this is a spec of ours, whole, and of a version that we read.
+
+    Raises:
+      DamagedCheckpoint: naming where it was read.
+    """
+    if not isinstance(spec, dict) or spec.get("format") != FORMAT:
+        raise DamagedCheckpoint(
+            f"checkpoint: {where} says nothing of itself that shampoo_optax wrote; "
+            "wanted one of checkpoint.save. Read it with plain Orbax."
+        )
+    rest = {key: value for key, value in spec.items() if key != "checksum"}
+    if spec.get("checksum") != _checksum(rest):
+        raise DamagedCheckpoint(
+            f"checkpoint: {where} is damaged: its spec has another checksum than it "
+            "was saved with. Restore another step."
+        )
+    if spec["version"] > VERSION:
+        raise DamagedCheckpoint(
+            f"checkpoint: {where} has layout version {spec['version']}, and this "
+            f"shampoo_optax reads up to {VERSION}. Install a newer one."
+        )
+
+
+def shapes(spec: Spec) -> dict[str, Any]:
+    """The arrays of a spec as shapes and dtypes."""
+    return _map(
+        lambda said: jax.ShapeDtypeStruct(
+            tuple(said["shape"]), jnp.dtype(said["dtype"])
+        ),
+        spec["arrays"],
+    )
+
+
+def check_digests(spec: Spec, arrays: dict[str, Any], where: str) -> None:
+    """Raise unless every array has the digest that it was saved with.
+
+    Raises:
+      DamagedCheckpoint: naming the first that has not.
+    """
+    wanted = _map(lambda said: said["digest"], spec["arrays"])
+    found = jax.tree.unflatten(jax.tree.structure(arrays), digests(arrays))
+    for path, number in jax.tree_util.tree_leaves_with_path(found):
+        node = wanted
+        for key in path:
+            node = node[key.key]
+        if node != number:
+            name = " ".join(str(key.key) for key in path)
+            raise DamagedCheckpoint(
+                f"checkpoint: {where} is damaged: '{name}' has another digest than it "
+                "was saved with. Restore another step."
+            )
+
+
+def _map(function: Callable[[dict[str, Any]], Any], said: Any) -> Any:
+    if isinstance(said, dict) and "digest" in said and "shape" in said:
+        return function(said)
+    return {key: _map(function, value) for key, value in said.items()}
+
+
+def _checksum(spec: Spec) -> int:
+    return zlib.crc32(json.dumps(spec, sort_keys=True).encode())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,351 @@
+"""Orbax checkpoints of parameters and optimizer: saved, verified, opened anywhere."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+
+from shampoo_optax._paths import escaped, keys_of
+from shampoo_optax.checkpoint import spec as specs
+from shampoo_optax.checkpoint.compare import compare, compare_params
+from shampoo_optax.checkpoint.spec import DamagedCheckpoint
+from shampoo_optax.checkpoint.view import (
+    abstract_view,
+    from_param_view,
+    to_param_view,
+)
+from shampoo_optax.layout.block_layout import BlockLayout
+
+LARGEST_SPEC = 2**28  # bytes; that of 100,000 arrays has a tenth of it
+
+
+class Restored(NamedTuple):
+    """What :func:`restore` gives."""
+
+    step: int
+    params: Any
+    state: Any
+    extra: Any
+
+
+def manager(directory: str | Path, *, max_to_keep: int = 3) -> ocp.CheckpointManager:
+    """Orbax's manager with the options that survive a kill.
+
+    Retention renames a step before it deletes it, so that a process that dies half-way
+    leaves no half of a step behind. Saving is asynchronous: use it as a context manager
+    or call its ``close()``, which wait for the last step.
+
+    Args:
+      directory: made where it is not there.
+      max_to_keep: how many steps stay.
+
+    Returns:
+      An ``orbax.checkpoint.CheckpointManager``; any other serves the functions here,
+      too.
+    """
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=max_to_keep,
+        todelete_subdir="to_delete",
+        cleanup_tmp_directories=True,
+    )
+    return ocp.CheckpointManager(Path(directory).absolute(), options=options)
+
+
+def items(
+    params: optax.Params, state: Any, layout: BlockLayout, *, extra: Any = None
+) -> dict[str, Any]:
+    """Orbax arguments of one step, for a Composite of one's own.
+
+    Args:
+      params: on any mesh.
+      state: of the optimizer.
+      layout: which blocks, and the mesh they lie on.
+      extra: anything that JSON can hold, for example the position in the data.
+
+    Returns:
+      ``{"params": StandardSave, "optimizer": StandardSave, "spec": JsonSave}``.
+
+    Raises:
+      ValueError: the state does not fit, see :func:`to_param_view`.
+    """
+    view = to_param_view(state, params, layout)
+    leaves = _named(params)
+    arrays = {
+        "params": {name: leaf for name, leaf in leaves.items() if leaf.size},
+        "optimizer": {key: node for key, node in view.items() if not _empty(node)},
+    }
+    args = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items() if tree}
+    said = specs.spec_of(arrays, layout, extra)
+    return {**args, "spec": ocp.args.JsonSave(said)}
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    params: optax.Params,
+    state: Any,
+    layout: BlockLayout,
+    *,
+    extra: Any = None,
+) -> bool:
+    """Save parameters and optimizer state after ``step`` steps.
+
+    On disk: parameters by name, the optimizer's parameter view, and a JSON spec with a
+    digest of every array. Arguments are those of :func:`items`.
+
+    Returns:
+      Whether it saved: a manager may skip steps, and one that is there stays.
+
+    Example:
+      >>> import tempfile
+      >>> layout = BlockLayout()
+      >>> tx = shampoo(1e-3, layout=layout)
+      >>> params = {"w": jnp.ones((4, 3))}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     with checkpoint.manager(folder) as steps:
+      ...         _ = checkpoint.save(steps, 7, params, tx.init(params), layout)
+      ...         steps.wait_until_finished()
+      ...         like = jax.eval_shape(tx.init, params)
+      ...         checkpoint.restore(steps, params, like, layout).step
+      7
+    """
+    if step in manager.all_steps() or not manager.should_save(step):
+        return False
+    args = ocp.args.Composite(**items(params, state, layout, extra=extra))
+    return bool(manager.save(step, args=args))
+
+
+def restore(
+    manager: ocp.CheckpointManager,
+    params_like: optax.Params,
+    state_like: Any,
+    layout: BlockLayout,
+    *,
+    step: int | None = None,
+    fresh: str | None = None,
+    renamed: Mapping[str, str] | None = None,
+) -> Restored:
+    """Open a checkpoint on this mesh, whatever mesh it was saved on.
+
+    Structure, shapes and dtypes are compared with ``params_like`` and ``state_like``
+    before an array is read, and digests before one is used.
+
+    Args:
+      manager: from :func:`manager`, or one of your own that :func:`items` went to.
+      params_like: parameters, or their shapes with the shardings that are wanted.
+      state_like: ``tx.init(params)`` or its shapes.
+      layout: which blocks, and the mesh the state is to lie on.
+      step: which; None takes the newest that is whole, and warns of newer ones.
+      fresh: a regular expression: parameters whose path matches, and their state, are
+        not read but taken from ``params_like`` and ``state_like``, which hold arrays
+        then. For new layers, or a new head.
+      renamed: ``{new path: old path}`` of parameters, or of whatever they begin with.
+
+    Returns:
+      The step, the parameters, the state, and the extra that was saved.
+
+    Raises:
+      FileNotFoundError: there is no step.
+      DamagedCheckpoint: the step, or every step, is not what was saved.
+      ValueError: the checkpoint is of another optimizer, layout or model; it says which
+        leaf, what is there and what is wanted.
+    """
+    known = sorted(manager.all_steps(), reverse=True)
+    if not known or (step is not None and step not in known):
+        raise FileNotFoundError(
+            f"checkpoint: {manager.directory} has steps {known[::-1]}; wanted "
+            f"{'any' if step is None else step}."
+        )
+    names = _Names(fresh, renamed or {})
+    like = params_like, state_like, layout
+    for candidate in known if step is None else [step]:
+        try:
+            return _open(manager, candidate, *like, names)
+        except DamagedCheckpoint as damage:
+            if step is not None or candidate == known[-1]:
+                raise
+            warnings.warn(f"{damage} Trying the one before.", stacklevel=2)
+    raise AssertionError  # the last of them raises or returns
+
+
+def latest_verified_step(
+    manager: ocp.CheckpointManager,
+    params_like: optax.Params,
+    state_like: Any,
+    layout: BlockLayout,
+) -> int | None:
+    """The newest step whose every array has the digest that it was saved with.
+
+    Reads whole steps, newest first. Arguments are those of :func:`restore`.
+
+    Returns:
+      The step; None where there is none.
+    """
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            _open(manager, step, params_like, state_like, layout, _Names(None, {}))
+        except DamagedCheckpoint:
+            continue
+        return int(step)
+    return None
+
+
+class _Names:
+    """Which parameters are read, and under which name they were saved."""
+
+    def __init__(self, fresh: str | None, renamed: Mapping[str, str]) -> None:
+        self.fresh, self.renamed = fresh, renamed
+
+    def read(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """What is to be read, by its old name."""
+        return {self.old(k): v for k, v in tree.items() if not self.is_fresh(k)}
+
+    def back(self, found: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
+        """What was read, by its new name."""
+        return {k: found[self.old(k)] for k in wanted if not self.is_fresh(k)}
+
+    def is_fresh(self, name: str) -> bool:
+        """Whether a parameter is begun anew."""
+        return self.fresh is not None and re.search(self.fresh, name) is not None
+
+    def old(self, name: str) -> str:
+        """The name it was saved under."""
+        for new, old in self.renamed.items():
+            if name == new or name.startswith(f"{new}/"):
+                return old + name[len(new) :]
+        return name
+
+    def without_fresh(self, there: Mapping[str, Any]) -> dict[str, Any]:
+        """What is there, but for what is begun anew all the same."""
+        return {k: v for k, v in there.items() if not self.is_fresh(k)}
+
+
+def _open(
+    manager: ocp.CheckpointManager,
+    step: int,
+    params_like: optax.Params,
+    state_like: Any,
+    layout: BlockLayout,
+    names: _Names,
+) -> Restored:
+    where = f"step {step} of {manager.directory}"
+    spec = _read_spec(manager, step, where)
+    there = specs.shapes(spec)
+    params = {k: v for k, v in _named(params_like).items() if jnp.size(v)}
+    view = abstract_view(state_like, params_like, layout)
+    wanted = {"params": names.read(params), "optimizer": _renamed(view, names.read)}
+    compare_params(names.without_fresh(there["params"]), wanted["params"])
+    saved = {"parameters": {}, "shared": {}} | there["optimizer"]
+    compare(_renamed(saved, names.without_fresh), wanted["optimizer"])
+    found = _read(manager, step, there, wanted, where)
+    specs.check_digests(spec, found, where)
+    read = names.back(found["params"], params)
+    merged = {**_named(params_like), **read}
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params_like)
+    leaves = [merged[escaped(keys_of(path))] for path, _ in paths]
+    restored = jax.tree.unflatten(treedef, leaves)
+    view = {"parameters": {}, "shared": {}} | found["optimizer"]
+    state = _state(view, restored, params_like, state_like, layout, names)
+    return Restored(int(step), restored, state, spec["extra"])
+
+
+def _state(
+    view: dict[str, Any],
+    params: optax.Params,
+    params_like: optax.Params,
+    state_like: Any,
+    layout: BlockLayout,
+    names: _Names,
+) -> Any:
+    if names.fresh is None and not names.renamed:
+        return from_param_view(view, state_like, params, layout)
+    anew = {}
+    if names.fresh is not None:
+        anew = to_param_view(state_like, params_like, layout)["parameters"]
+    wanted = abstract_view(state_like, params_like, layout)["parameters"]
+    kept = names.back(view["parameters"], wanted)
+    begun = {name: slots for name, slots in anew.items() if names.is_fresh(name)}
+    view = {**view, "parameters": {**kept, **begun}}
+    return from_param_view(view, state_like, params, layout)
+
+
+def _renamed(view: Mapping[str, Any], rename: Any) -> dict[str, Any]:
+    return {**view, "parameters": rename(view["parameters"])}
+
+
+def _read_spec(manager: ocp.CheckpointManager, step: int, where: str) -> specs.Spec:
+    folder = Path(manager.directory) / str(step) / "spec"
+    size = sum(file.stat().st_size for file in folder.glob("*") if file.is_file())
+    if size > LARGEST_SPEC:
+        raise DamagedCheckpoint(
+            f"checkpoint: {where} has a spec of {size} bytes; wanted at most "
+            f"{LARGEST_SPEC}."
+        )
+    args = ocp.args.Composite(spec=ocp.args.JsonRestore())
+    spec = _guarded(manager, step, args, where)["spec"]
+    specs.check(spec, where)
+    return spec
+
+
+def _read(
+    manager: ocp.CheckpointManager,
+    step: int,
+    there: dict[str, Any],
+    wanted: dict[str, Any],
+    where: str,
+) -> dict[str, Any]:
+    """The arrays that are wanted; Orbax skips the others."""
+
+    def target(said: Any, asked: Any) -> Any:
+        if not isinstance(said, Mapping):
+            return ocp.PLACEHOLDER if asked is None else _abstract(asked)
+        return {
+            k: target(v, None if asked is None else asked.get(k))
+            for k, v in said.items()
+        }
+
+    trees = {name: target(there[name], wanted[name]) for name in there if there[name]}
+    args = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+    found = _guarded(manager, step, ocp.args.Composite(**args), where)
+    return {name: _only_arrays(found[name]) if name in trees else {} for name in there}
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    where = getattr(leaf, "sharding", None)
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=where)
+
+
+def _only_arrays(tree: Any) -> Any:
+    if not isinstance(tree, Mapping):
+        return tree
+    kept = {k: _only_arrays(v) for k, v in tree.items() if v is not ...}
+    return {k: v for k, v in kept.items() if not _empty(v)}
+
+
+def _empty(node: Any) -> bool:
+    return isinstance(node, Mapping) and not node
+
+
+def _guarded(manager: ocp.CheckpointManager, step: int, args: Any, where: str) -> Any:
+    """Orbax's restore; whatever it raises on a broken file, in our words."""
+    try:
+        return manager.restore(step, args=args)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0][:300]
+        raise DamagedCheckpoint(
+            f"checkpoint: {where} cannot be read ({type(error).__name__}: {first}). "
+            "Restore another step."
+        ) from error
+
+
+def _named(params: optax.Params) -> dict[str, Any]:
+    paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {escaped(keys_of(path)): leaf for path, leaf in paths}
