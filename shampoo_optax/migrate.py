@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,9 +19,7 @@ from shampoo_optax.transforms._spread import spread
 from shampoo_optax.transforms._tree import Tree
 from shampoo_optax.transforms.blockwise import BlockwiseState
 from shampoo_optax.transforms.eigenbasis import EigenbasisState
-from shampoo_optax.transforms.factors import Matrices
 from shampoo_optax.transforms.graft import GraftState
-from shampoo_optax.transforms.kronecker import KroneckerState
 
 Arrays = dict[str, jax.Array]  # by a parameter's name, or by a stack's
 
@@ -37,20 +35,23 @@ MOMENTS = {
     "EigenbasisState": {"nu": "nu"},
 }
 SOURCES = list(MOMENTS)[:5]
-SCHEDULES = ("ScaleByScheduleState", "WrappedScheduleState")
+SCHEDULES = ["ScaleByScheduleState", "WrappedScheduleState"]
+WHOLE = ["AveragingState", "InjectStatefulHyperparamsState"]
 # They count steps of the whole optimizer, under this name.
-COUNTERS = dict.fromkeys((*SCHEDULES, "AveragingState"), "count")
-COUNTERS |= {
-    "InjectStatefulHyperparamsState": "count",
-    "MultiStepsState": "gradient_step",
-}
+COUNTERS = dict.fromkeys(SCHEDULES + WHOLE, "count")
+COUNTERS["MultiStepsState"] = "gradient_step"
 WORDS = {
     "mu": "a moving average of the gradient",
     "nu": "a second moment",
     "trace": "a momentum of finished steps",
 }
-WANTED = "Wanted the state of optax.adam, adamw, rmsprop, adagrad or sgd(momentum=...)"
+ADVICE = {
+    "mu": "Leave the average out of tx (b1=None), or start from Adam.",
+    "nu": "Take grafting.sgd() for tx, or start from an optimizer that has one.",
+    "trace": "Leave momentum out of tx: it would begin at nothing, and steps be short.",
+}
 UNSEEN = jnp.iinfo(jnp.int32).max  # a moment without a count has no bias to correct
+FACTORS = ["KroneckerState", "EigenbasisState"]
 
 
 class _Source(NamedTuple):
@@ -117,12 +118,10 @@ def from_adam(
     """
     source = _read(state)
     _same_model(source, params)
-    members = [_names_in(node) for node in _blockwise(_unblocked(tx, params))]
 
     def build(params: optax.Params, source: _Source) -> Any:
         fresh = tx.init(params)
-        trees = iter(_trees(fresh, params, layout, members))
-        return _Heir(source, trees).of(fresh)
+        return _Heir(source, params, layout).of(fresh)
 
     if not layout.block_axes:
         return build(params, source)
@@ -140,9 +139,8 @@ def warm_up(
 
     Equals ``tx.update`` on every gradient, of which only the factors, their roots and
     bases, and the count that begins grafting are kept. With ``refresh.start - 1``
-    gradients or more the next step is Shampoo's already, as long as Adam's: a tenth
-    of a second of gradients spares ``refresh.start`` steps of Adam. Take those of
-    ten to twenty batches, at the parameters where training goes on; under
+    gradients or more the next step is Shampoo's already, as long as Adam's. Take them
+    at the parameters where training goes on, from different batches; under
     ``optax.MultiSteps`` as many times more.
 
     The second moment of :func:`eigenbasis` is turned with its bases, as though the
@@ -169,11 +167,10 @@ def warm_up(
     Source: the start of preconditioning of Shi et al., `Distributed Shampoo
     <https://arxiv.org/abs/2309.06497>`_, 2023, taken before a switch.
     """
-    if not any(isinstance(n, FACTORS) for n in _nodes(state, KINDS)):
+    if not _nodes(state, FACTORS):
         raise ValueError(
             "warm_up(state=...): there are no factors in it to measure; wanted the "
-            "state of an optimizer with kronecker or eigenbasis in it, such as "
-            "shampoo or soap. Others need no warm-up."
+            "state of shampoo, soap or others with factors. The rest need no warm-up."
         )
     update = optax.with_extra_args_support(tx).update
     measure = jax.jit(lambda g, state, params: update(g, state, params)[1])
@@ -188,200 +185,210 @@ def warm_up(
     return jax.jit(_measured)(state, after)
 
 
-FACTORS = (KroneckerState, EigenbasisState)
-KINDS = (*FACTORS, GraftState)
-
-
 def _measured(old: Any, new: Any) -> Any:
     """The old state with the factors of the new one."""
 
     def of(old: Any, new: Any) -> Any:
-        if isinstance(old, KroneckerState):
-            return new
-        if isinstance(old, EigenbasisState):
-            nu = {
-                key: _turned(moment, old.bases[key], new.bases[key])
-                for key, moment in old.nu.items()
-            }
-            return new._replace(count=old.count, nu=nu)
         if isinstance(old, GraftState):
-            parts = _measured(old[1:], new[1:])
-            return GraftState(new.count, *parts)
-        return old
+            return GraftState(new.count, *_measured(old[1:], new[1:]))
+        if not isinstance(old, EigenbasisState):
+            return new if _is(FACTORS)(old) else old
+        bases = {key: (old.bases[key], new.bases[key]) for key in old.nu}
+        nu = {key: _turned(moment, *bases[key]) for key, moment in old.nu.items()}
+        return new._replace(count=old.count, nu=nu)
 
-    return jax.tree.map(of, old, new, is_leaf=lambda node: isinstance(node, KINDS))
+    return jax.tree.map(of, old, new, is_leaf=_is([*FACTORS, "GraftState"]))
 
 
 def _turned(nu: jax.Array, old: Arrays, new: Arrays) -> jax.Array:
     """A second moment in other bases, of entries without correlation."""
     shares = {}
     for dim, basis in new.items():
-        turn = modes.mode_products(
-            jnp.swapaxes(basis, -2, -1), {1: jnp.swapaxes(old[dim], -2, -1)}
-        )
+        back = jnp.swapaxes(basis, -2, -1)
+        turn = modes.mode_products(back, {1: jnp.swapaxes(old[dim], -2, -1)})
         shares[int(dim)] = turn * turn
     return modes.mode_products(nu, shares)
 
 
-def _nodes(tree: Any, kinds: Any) -> Iterator[Any]:
-    """Nodes of some types (or names of types), the outermost of each branch."""
-
-    def is_one(node: Any) -> bool:
-        if isinstance(kinds, dict):
-            return type(node).__name__ in kinds
-        return isinstance(node, kinds)
-
-    return filter(is_one, jax.tree.leaves(tree, is_leaf=is_one))
+def _is(kinds: Collection[str]) -> Callable[[Any], bool]:
+    return lambda node: type(node).__name__ in kinds
 
 
-def _by_name(tree: Any) -> Arrays:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+def _nodes(tree: Any, kinds: Collection[str]) -> list[Any]:
+    """Nodes whose types have one of these names, the outermost of each branch."""
+    is_one = _is(kinds)
+    return list(filter(is_one, jax.tree.leaves(tree, is_leaf=is_one)))
+
+
+def _by_name(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Arrays:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf)
     return {_checks.name_of(path): leaf for path, leaf in leaves}
 
 
 def _read(state: Any) -> _Source:
     """The moments in a state; raise unless there is one of each kind at most."""
     call = "from_adam(state=...)"
-    found = list(_nodes(state, dict.fromkeys(SOURCES)))
-    names = [type(node).__name__ for node in found]
+    found = _nodes(state, SOURCES)
     if not found:
         raise ValueError(
-            f"{call}: there is no state in it that an optimizer could inherit. "
-            f"{WANTED}, as training left it."
+            f"{call}: there is nothing in it that an optimizer could inherit. Wanted "
+            "the state of optax.adam, adamw, rmsprop, adagrad or sgd(momentum=...), as "
+            "training left it."
         )
     moments: dict[str, Arrays] = {}
     count = None
     for node in found:
         for field, moment in MOMENTS[type(node).__name__].items():
             if moment in moments:
+                names = ", ".join(type(node).__name__ for node in found)
                 raise ValueError(
-                    f"{call}: {WORDS[moment]} stands in it more than once "
-                    f"({', '.join(names)}); wanted one. Pass the part of the state "
-                    "that is to go on."
+                    f"{call}: {WORDS[moment]} stands in it more than once ({names}); "
+                    "wanted one. Pass the part of the state that is to go on."
                 )
             moments[moment] = _by_name(getattr(node, field))
-        count = getattr(node, "count", count)
+        if "count" in node._fields:  # a tuple has a method of this name
+            count = node.count
     if "trace" in moments and "nu" in moments and "mu" not in moments:
         del moments["trace"]  # RMSProp's holds steps that the rate has multiplied
-    places = list(_nodes(state, dict.fromkeys(SCHEDULES)))
+    places = _nodes(state, SCHEDULES)
     return _Source(moments, count, places[0].count if places else count)
 
 
 def _same_model(source: _Source, params: Any) -> None:
     shapes = {name: jnp.shape(leaf) for name, leaf in _by_name(params).items()}
-    for moment, arrays in source.moments.items():
+    for arrays in source.moments.values():
         for name, array in arrays.items():
-            wanted = shapes.get(name)
-            if wanted != jnp.shape(array):
+            wanted, came = shapes.get(name), jnp.shape(array)
+            if wanted != came:
                 there = "is not there" if wanted is None else f"has shape {wanted}"
                 raise ValueError(
-                    f"from_adam(params=...): parameter '{name}' {there}, and "
-                    f"{WORDS[moment]} of shape {jnp.shape(array)} in the state; wanted "
-                    "the parameters that the state was trained with."
+                    f"from_adam(params=...): parameter '{name}' {there}, and its moment "
+                    f"in the state has {came}; wanted what the state was trained with."
                 )
+
+
+def _asked(tree: Any) -> dict[str, Arrays]:
+    """The moments that a state keeps, at any depth."""
+    found: dict[str, Arrays] = {}
+    for node in _nodes(tree, MOMENTS):
+        for field, part in node._asdict().items():
+            moment = MOMENTS[type(node).__name__].get(field)
+            found |= {moment: _by_name(part)} if moment else _asked(part)
+    return found
+
+
+def _tree_of(node: BlockwiseState, params: Any, layout: BlockLayout) -> Tree:
+    """The parameters that a state in blocks was made for, without the others."""
+    names = _by_name(node.blocked, _is(["EmptyState"]))
+    blocked = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            leaf if _checks.name_of(path) in names else optax.MaskedNode()
+        ),
+        params,
+    )
+    # The aliases narrow a layout where a direction tells rows from columns.
+    level = dataclasses.replace(layout, turn_wide_blocks=False)
+    layouts = [layout, level, dataclasses.replace(level, merge_stacks=False)]
+    if not _nodes(node.blocks, FACTORS):
+        layouts.reverse()
+    stacks = next(iter(_asked(node.blocks).values()))
+    wanted = {key: jnp.shape(stack) for key, stack in stacks.items()}
+    for one in layouts:
+        tree = Tree(blocked, one)
+        if tree.plan.stacks == wanted:
+            return tree
+    raise ValueError(
+        f"from_adam(layout={layout!r}): it cuts other blocks than tx, whose stacks are "
+        f"{sorted(wanted)}; wanted the layout that tx was made with."
+    )
 
 
 class _Heir:
     """Puts what a source has into a fresh state, in the state's own dtypes."""
 
-    def __init__(self, source: _Source, trees: Iterator[Tree]) -> None:
-        """Keep the source, and the trees of the blockwise states to come."""
-        self.source, self.trees = source, trees
+    def __init__(self, source: _Source, params: Any, layout: BlockLayout) -> None:
+        """Keep the source, and what tells how it is cut."""
+        self.source, self.params, self.layout = source, params, layout
 
     def of(self, fresh: Any) -> Any:
         """The state with everything inherited."""
 
-        def known(node: Any) -> bool:
-            name = type(node).__name__
-            return name in MOMENTS or name in COUNTERS or name == "BlockwiseState"
-
+        known = _is([*MOMENTS, *COUNTERS, "BlockwiseState"])
         return jax.tree.map(
             lambda node: self._one(node) if known(node) else node, fresh, is_leaf=known
         )
 
     def _one(self, node: Any) -> Any:
         if isinstance(node, BlockwiseState):
-            blocks = self._in_blocks(next(self.trees)).of(node.blocks)
-            return BlockwiseState(blocks, self.of(node.rest))
+            blocks = self._in_blocks(node).of(node.blocks)
+            return node._replace(blocks=blocks, rest=self.of(node.rest))
         name, parts = type(node).__name__, node._asdict()
         fields = MOMENTS.get(name, {})
         for field, part in parts.items():
             if field in fields:
-                parts[field] = self._moment(part, name, fields[field])
-            elif field == COUNTERS.get(name):
-                parts[field] = self._position(part, name)
+                parts[field] = self._moment(part, fields[field])
             elif field == "count" and fields:
-                count = self.source.count
-                parts[field] = _own(UNSEEN if count is None else count, part)
-            elif name != "EigenbasisState":  # its factors have seen nothing
+                parts[field] = self._count(part, self.source.count, name)
+            elif field == COUNTERS.get(name):
+                parts[field] = self._count(part, self.source.position, name)
+            else:
                 parts[field] = self.of(part)
         return type(node)(**parts)
 
-    def _moment(self, like: Any, name: str, moment: str) -> Any:
+    def _moment(self, like: Any, moment: str) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: _own(self._get(moment, _checks.name_of(path)), leaf),
+            like,
+        )
+
+    def _get(self, moment: str, name: str) -> jax.Array:
         arrays = self.source.moments.get(moment)
         if arrays is None:
             has = " and ".join(WORDS[found] for found in self.source.moments)
             raise ValueError(
-                f"from_adam(state=...): it holds {has}, and a {name} of tx goes on "
-                f"with {WORDS[moment]}. {ADVICE[moment]}"
+                f"from_adam(state=...): it holds {has}, and tx goes on with "
+                f"{WORDS[moment]}. {ADVICE[moment]}"
             )
+        if name not in arrays:
+            raise ValueError(
+                f"from_adam(state=...): {WORDS[moment]} of '{name}' is not in it, and "
+                "tx goes on with one; wanted the state of an optimizer that trained "
+                "every parameter of tx."
+            )
+        return arrays[name]
 
-        def inherited(path: Any, leaf: jax.Array) -> jax.Array:
-            key = _checks.name_of(path)
-            if key not in arrays:
-                raise ValueError(
-                    f"from_adam(state=...): {WORDS[moment]} of '{key}' is not in it, "
-                    f"and a {name} of tx wants it; wanted the state of an optimizer "
-                    "that trained every parameter of tx."
-                )
-            return _own(arrays[key], leaf)
-
-        return jax.tree_util.tree_map_with_path(inherited, like)
-
-    def _position(self, like: jax.Array, name: str) -> jax.Array:
-        position = self.source.position
-        if position is None:
+    def _count(self, like: jax.Array, count: Any, name: str) -> jax.Array:
+        if count is None and name in (*SCHEDULES, "EigenbasisState"):
             raise ValueError(
                 f"from_adam(state=...): it does not count steps, and a {name} of tx "
-                "goes on from a step; wanted a state of a chain with a schedule."
+                "goes on from one; wanted a state with a count or a schedule in it."
             )
-        return _own(position, like)
+        if count is None:
+            return _own(UNSEEN, like) if name in MOMENTS else like
+        return _own(count, like)
 
-    def _in_blocks(self, tree: Tree) -> _Heir:
-        """The heir of what is kept in stacks."""
-        blocked = {i: tree.names[i] for pool in tree.plan.pools for i in pool.leaves}
+    def _in_blocks(self, node: BlockwiseState) -> _Heir:
+        """The heir of what is kept in stacks; they are cut where gradients are."""
+        asked = {moment: like for moment, like in _asked(node.blocks).items() if like}
+        if not asked:
+            return self
+        tree = _tree_of(node, self.params, self.layout)
         given, like = {}, {}
-        for moment, arrays in self.source.moments.items():
-            if blocked and all(name in arrays for name in blocked.values()):
-                leaves = dict(enumerate(map(jnp.zeros_like, tree.leaves)))
-                leaves |= {i: arrays[name] for i, name in blocked.items()}
-                whole = jax.tree.unflatten(tree.treedef, list(leaves.values()))
-                own = Tree(whole, tree.layout, tree.specs)
-                given[moment], dtypes = own.blocked(), own.stack_dtypes()
-                like[moment] = {
-                    key: jnp.zeros(shape, dtypes[key])
-                    for key, shape in tree.plan.stacks.items()
-                }
+        for moment in asked:
+            leaves = [self._get(moment, name) for name in tree.names]
+            whole = jax.tree.unflatten(tree.treedef, leaves)
+            given[moment] = Tree(whole, tree.layout, tree.specs).blocked()
+            like[moment] = {k: jnp.zeros(x) for k, x in tree.plan.stacks.items()}
 
         def cut(given: dict[str, Any], like: Any) -> Any:
             stacks = {moment: split(x, tree.plan) for moment, x in given.items()}
             return next(iter(given.values())), stacks
 
-        stacks = spread(cut, tree, given, like)[1] if given else {}
-        return _Heir(self.source._replace(moments=stacks), iter(()))
-
-
-ADVICE = {
-    "mu": "Leave the average out of tx (b1=None), or start from Adam.",
-    "nu": "Take grafting.sgd() for tx, or start from an optimizer that has one.",
-    "trace": "Leave momentum out of tx: it would begin at nothing, and steps be short.",
-}
+        _, stacks = spread(cut, tree, given, like)
+        source = self.source._replace(moments=stacks)
+        return _Heir(source, self.params, self.layout)
 
 
 def _own(value: Any, like: jax.Array) -> jax.Array:
     """A copy in the dtype of another array: a step may donate either state."""
     return jnp.array(value, jnp.result_type(like), copy=True)
-
-
-def _blockwise(state: Any) -> list[Any]:
-    return list(_nodes(state, BlockwiseState))

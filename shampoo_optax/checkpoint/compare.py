@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 View = Mapping[str, Any]
+WHOLE = "whole"  # in place of a block's shape: an array in the parameter's own
 # What each method keeps that the other does not.
 METHODS = {"roots": "Shampoo's inverse roots", "bases": "SOAP's eigenbases"}
 
@@ -32,8 +33,11 @@ def compare(found: View, wanted: View) -> None:
     _same_names("parameter", found["parameters"], wanted["parameters"], RENAMED)
     for name, blocks in wanted["parameters"].items():
         _same_blocks(name, found["parameters"][name], blocks)
+        there = found["parameters"][name]
+        if WHOLE in there and WHOLE not in blocks:
+            _same_names(f"state of parameter '{name}'", there[WHOLE], {}, CHANGED)
         for block, slots in blocks.items():
-            there = found["parameters"][name][block]
+            there = found["parameters"][name].get(block, {})
             _same_names(f"state of parameter '{name}'", there, slots, CHANGED)
             for slot, leaf in slots.items():
                 _same_leaf(f"'{name}' {block} {slot}", there[slot], leaf)
@@ -66,7 +70,7 @@ def _same_names(what: str, found: View, wanted: View, advice: str) -> None:
 
 
 def _same_blocks(name: str, found: View, wanted: View) -> None:
-    if found.keys() != wanted.keys():
+    if found.keys() - {WHOLE} != wanted.keys() - {WHOLE}:
         raise ValueError(
             f"checkpoint: parameter '{name}' is there in blocks of {_some(found)}, and "
             f"the layout cuts it into {_some(wanted)}. Pass the "
@@ -95,8 +99,8 @@ def _same_method(found: View, wanted: View) -> None:
         kept, asked = (" and ".join(METHODS[m] for m in ms) for ms in (there, here))
         raise ValueError(
             f"checkpoint: it holds {kept}, and this optimizer wants {asked}; one "
-            "cannot be made of the other. Restore into the alias that it was saved from, "
-            "or begin the optimizer afresh and restore the parameters alone."
+            "cannot be made of the other. Restore into the alias that it was saved "
+            "from, or begin the optimizer afresh and restore the parameters alone."
         )
 
 

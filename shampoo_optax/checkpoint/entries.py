@@ -23,7 +23,6 @@ from shampoo_optax.layout.plan import Plan, Shape
 from shampoo_optax.transforms._tree import Tree
 from shampoo_optax.transforms.blockwise import BlockwiseState
 
-WHOLE = "whole"  # in place of a block's shape: an array in the parameter's own
 Kind = Literal["sides", "block", "number"]
 
 

@@ -77,6 +77,11 @@ def check(spec: Any, where: str) -> None:
             f"checkpoint: {where} is damaged: its spec has another checksum than it "
             "was saved with. Restore another step."
         )
+    if not _sound(spec):
+        raise DamagedCheckpoint(
+            f"checkpoint: {where} is damaged: its spec lacks what save writes. Restore "
+            "another step."
+        )
     if spec["version"] > VERSION:
         raise DamagedCheckpoint(
             f"checkpoint: {where} has layout version {spec['version']}, and this "
@@ -112,6 +117,43 @@ def check_digests(spec: Spec, arrays: dict[str, Any], where: str) -> None:
                 f"checkpoint: {where} is damaged: '{name}' has another digest than it "
                 "was saved with. Restore another step."
             )
+
+
+def _sound(spec: Spec) -> bool:
+    """Whether everything is there and of its type; a spec may come from anywhere."""
+    arrays = spec.get("arrays")
+    known = isinstance(spec.get("version"), int) and "extra" in spec
+    if not known or not isinstance(arrays, dict):
+        return False
+    depths = {"params": 1, "shared": 1, "parameters": 3}
+    optimizer = arrays.get("optimizer")
+    if not isinstance(optimizer, dict) or "params" not in arrays:
+        return False
+    trees = {"params": arrays["params"], **optimizer}
+    version = trees.pop("version", None)
+    return (
+        _is_leaf(version)
+        and trees.keys() <= depths.keys()
+        and all(_is_tree(tree, depths[name]) for name, tree in trees.items())
+    )
+
+
+def _is_tree(node: Any, depth: int) -> bool:
+    if depth == 0:
+        return _is_leaf(node)
+    return isinstance(node, dict) and all(_is_tree(n, depth - 1) for n in node.values())
+
+
+def _is_leaf(said: Any) -> bool:
+    if not isinstance(said, dict) or said.keys() != {"shape", "dtype", "digest"}:
+        return False
+    try:
+        jnp.dtype(said["dtype"])
+    except TypeError:
+        return False
+    sizes = said["shape"]
+    whole = isinstance(sizes, list) and all(isinstance(n, int) and n > 0 for n in sizes)
+    return whole and isinstance(said["digest"], int)
 
 
 def _map(function: Callable[[dict[str, Any]], Any], said: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -16,10 +17,12 @@ import orbax.checkpoint as ocp
 from shampoo_optax._paths import escaped, keys_of
 from shampoo_optax.checkpoint import spec as specs
 from shampoo_optax.checkpoint.compare import compare, compare_params
+from shampoo_optax.checkpoint.moves import Home, placed
 from shampoo_optax.checkpoint.spec import DamagedCheckpoint
 from shampoo_optax.checkpoint.view import (
     abstract_view,
     from_param_view,
+    home_of,
     to_param_view,
 )
 from shampoo_optax.layout.block_layout import BlockLayout
@@ -239,16 +242,17 @@ def _open(
     where = f"step {step} of {manager.directory}"
     spec = _read_spec(manager, step, where)
     there = specs.shapes(spec)
-    params = {k: v for k, v in _named(params_like).items() if jnp.size(v)}
+    params = {k: v for k, v in _named(params_like).items() if math.prod(jnp.shape(v))}
     view = abstract_view(state_like, params_like, layout)
     wanted = {"params": names.read(params), "optimizer": _renamed(view, names.read)}
     compare_params(names.without_fresh(there["params"]), wanted["params"])
     saved = {"parameters": {}, "shared": {}} | there["optimizer"]
     compare(_renamed(saved, names.without_fresh), wanted["optimizer"])
-    found = _read(manager, step, there, wanted, where)
+    home = home_of(layout)
+    found = _read(manager, step, there, wanted, home, where)
     specs.check_digests(spec, found, where)
     read = names.back(found["params"], params)
-    merged = {**_named(params_like), **read}
+    merged = {k: _empty_array(v) for k, v in _named(params_like).items()} | read
     paths, treedef = jax.tree_util.tree_flatten_with_path(params_like)
     leaves = [merged[escaped(keys_of(path))] for path, _ in paths]
     restored = jax.tree.unflatten(treedef, leaves)
@@ -300,34 +304,34 @@ def _read(
     step: int,
     there: dict[str, Any],
     wanted: dict[str, Any],
+    home: Home,
     where: str,
 ) -> dict[str, Any]:
-    """The arrays that are wanted; Orbax skips the others."""
+    """All arrays, those that are wanted to where they are wanted."""
 
     def target(said: Any, asked: Any) -> Any:
-        if not isinstance(said, Mapping):
-            return ocp.PLACEHOLDER if asked is None else _abstract(asked)
-        return {
-            k: target(v, None if asked is None else asked.get(k))
-            for k, v in said.items()
-        }
+        if isinstance(said, Mapping):
+            return {k: target(v, (asked or {}).get(k)) for k, v in said.items()}
+        if asked is None:  # begun anew in spite of it
+            return _abstract(said, home.everywhere(len(said.shape)))
+        return _abstract(asked, getattr(asked, "sharding", None))
 
     trees = {name: target(there[name], wanted[name]) for name in there if there[name]}
     args = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
     found = _guarded(manager, step, ocp.args.Composite(**args), where)
-    return {name: _only_arrays(found[name]) if name in trees else {} for name in there}
+    return {name: found[name] if name in trees else {} for name in there}
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    where = getattr(leaf, "sharding", None)
+def _abstract(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=where)
 
 
-def _only_arrays(tree: Any) -> Any:
-    if not isinstance(tree, Mapping):
-        return tree
-    kept = {k: _only_arrays(v) for k, v in tree.items() if v is not ...}
-    return {k: v for k, v in kept.items() if not _empty(v)}
+def _empty_array(leaf: Any) -> Any:
+    """A parameter without entries, which no file holds; another as it is."""
+    if math.prod(jnp.shape(leaf)):
+        return leaf
+    array = jnp.zeros(jnp.shape(leaf), jnp.result_type(leaf))
+    return placed(array, getattr(leaf, "sharding", None))
 
 
 def _empty(node: Any) -> bool:

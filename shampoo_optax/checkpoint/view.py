@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -11,8 +12,8 @@ from jax.sharding import Mesh, Sharding
 
 from shampoo_optax._paths import escaped, keys_of
 from shampoo_optax.checkpoint import moves
-from shampoo_optax.checkpoint.compare import compare
-from shampoo_optax.checkpoint.entries import WHOLE, Cut, Own, Shared, entries_of
+from shampoo_optax.checkpoint.compare import WHOLE, compare
+from shampoo_optax.checkpoint.entries import Cut, Own, Shared, entries_of
 from shampoo_optax.layout import placement
 from shampoo_optax.layout.block_layout import BlockLayout
 from shampoo_optax.layout.owners import Held
@@ -116,11 +117,11 @@ def from_param_view(
             ]
             stack = moves.given(entry, parts, tuple(like.shape), home)
             made.append(moves.placed(stack, home.typed(stack.ndim)))
-        elif like.size:
-            found = _get(view, _where(entry))
-            made.append(moves.placed(found, _lies(entry, like, params, home)))
         else:
-            made.append(jnp.zeros(like.shape, like.dtype))
+            empty = math.prod(like.shape) == 0  # not saved: there is nothing in it
+            found = jnp.zeros(like.shape, like.dtype) if empty else None
+            found = _get(view, _where(entry)) if found is None else found
+            made.append(moves.placed(found, _lies(entry, like, params, home)))
     return jax.tree.unflatten(treedef, made)
 
 

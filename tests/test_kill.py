@@ -1,0 +1,70 @@
+"""kill -9 at random points: the run ends bitwise as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.resumable import EVERY
+
+ROOT = Path(__file__).resolve().parents[1]
+KILLS = int(os.environ.get("SHAMPOO_OPTAX_KILLS", "8"))
+# Changed at every kill: what one mesh saved, another opens.
+DEVICES = (8, 4, 1, 8, 2)
+STEPS_A_LIFE, PAUSE = 12, 0.02
+
+
+def _start(folder: Path, steps: int, devices: int, cache: Path) -> subprocess.Popen:
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = ["-m", "tests.resumable", str(folder), str(steps), str(devices)]
+    return subprocess.Popen(
+        [sys.executable, *command, str(PAUSE)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _ends(run: subprocess.Popen) -> tuple[int, list[str]]:
+    """Where a run began, and the digests it ended with."""
+    out, error = run.communicate(timeout=300)
+    assert run.returncode == 0, error[-2000:]
+    lines = out.splitlines()
+    return int(lines[0].split()[1]), lines[-1].split()[1:]
+
+
+def test_kill_and_resume_is_bitwise(tmp_path: Path) -> None:
+    steps = KILLS * STEPS_A_LIFE
+    chance = random.Random(0)
+    _, wanted = _ends(_start(tmp_path / "straight", steps, 8, tmp_path / "cache"))
+    done, killed = 0, 0
+    for life in range(KILLS):
+        folder, devices = tmp_path / "killed", DEVICES[life % len(DEVICES)]
+        run = _start(folder, steps, devices, tmp_path / "cache")
+        assert run.stdout is not None
+        first = int(run.stdout.readline().split()[1])
+        # Behind by what was under way: a save that had not ended, and the steps since.
+        assert first >= done - 2 * EVERY, (first, done)
+        last = first + chance.randrange(1, STEPS_A_LIFE)
+        for line in run.stdout:
+            if line.startswith("at "):
+                done = int(line.split()[1])
+            if done >= min(last, steps):
+                break
+        time.sleep(chance.uniform(0.0, 0.1))
+        run.kill()
+        run.communicate()
+        killed += run.returncode == -9
+    assert killed == KILLS
+    first, found = _ends(_start(tmp_path / "killed", steps, 8, tmp_path / "cache"))
+    assert first > 0
+    assert found == wanted
