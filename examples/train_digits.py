@@ -35,6 +35,7 @@ BATCH = 64
 VALIDATION = 360  # of 1797 images
 FREQUENCY = 10
 LARGEST = 256  # of a factor; 512 inputs fall into two blocks
+LAYOUT = so.BlockLayout(max_preconditioner_dim=LARGEST)
 LEARNING_RATES = {"adamw": 4e-3, "shampoo": 4e-3}
 
 
@@ -64,7 +65,7 @@ def shampoo(learning_rate: float, steps: int) -> optax.GradientTransformationExt
     return so.shampoo(
         cosine(learning_rate, steps),
         weight_decay=1e-4,
-        layout=so.BlockLayout(max_preconditioner_dim=LARGEST),
+        layout=LAYOUT,
         refresh=so.Refresh(precondition_frequency=FREQUENCY),
     )
 
@@ -134,6 +135,7 @@ def main(
         title=f"digits, {arguments.steps} steps",
         learning_rates=LEARNING_RATES,
         settings={"batch": BATCH},
+        layout=LAYOUT,
         period=FREQUENCY,
         on_step=on_step,
     )

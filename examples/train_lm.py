@@ -2,7 +2,8 @@
 
 Both start from the same parameters and see the same batches. Ctrl-C stops a run and
 saves it; the same command goes on from there. With --devices everything is spread over
-that many (docs/sharding.md); on a CPU they are pretended.
+that many (docs/sharding.md); on a CPU they are pretended. A run may go on on another
+number of them than it was stopped on.
 """
 
 from __future__ import annotations
@@ -57,17 +58,22 @@ def adamw(learning_rate: float, steps: int) -> optax.GradientTransformationExtra
     )
 
 
+def layout_of(spread: Spread | None) -> so.BlockLayout:
+    """Makes the layout of Shampoo's blocks, and of checkpoints."""
+    make = so.BlockLayout if spread is None else spread.layout
+    return make(max_preconditioner_dim=LARGEST)
+
+
 def shampoo(
     learning_rate: float, steps: int, spread: Spread | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the same chain with Shampoo in AdamW's place."""
-    make = so.BlockLayout if spread is None else spread.layout
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         so.shampoo(
             warmup_cosine(learning_rate, steps),
             weight_decay=1e-4,
-            layout=make(max_preconditioner_dim=LARGEST),
+            layout=layout_of(spread),
             refresh=so.Refresh(precondition_frequency=FREQUENCY),
             grafting=so.grafting.adam(b2=0.999, eps=1e-8),
         ),
@@ -115,8 +121,7 @@ def main(
     settings: Settings = shape._asdict()
     settings |= {"batch": arguments.batch, "corpus": len(corpus.train)}
     if spread is not None:
-        settings["devices"] = f"{arguments.devices} devices ({arguments.mode})"
-        title += f", {settings['devices']}"
+        title += f", {arguments.devices} devices ({arguments.mode})"
     return compare(
         task,
         RECIPES | {"shampoo": partial(shampoo, spread=spread)},
@@ -124,6 +129,7 @@ def main(
         title=title,
         learning_rates=LEARNING_RATES,
         settings=settings,
+        layout=layout_of(spread),
         period=FREQUENCY,
         on_step=on_step,
     )

@@ -15,6 +15,7 @@ from shampoo_optax.layout.block_layout import BlockLayout
 from shampoo_optax.layout.split import split
 from shampoo_optax.linalg import modes
 from shampoo_optax.shardings import state_shardings
+from shampoo_optax.transforms._numbers import wide
 from shampoo_optax.transforms._spread import spread
 from shampoo_optax.transforms._tree import Tree
 from shampoo_optax.transforms.blockwise import BlockwiseState
@@ -23,21 +24,14 @@ from shampoo_optax.transforms.graft import GraftState
 
 Arrays = dict[str, jax.Array]  # by a parameter's name, or by a stack's
 
-# Which field of a state is which moment. By name, since Optax exports not all of them.
-MOMENTS = {
-    "ScaleByAdamState": {"mu": "mu", "nu": "nu"},
-    "ScaleByRmsState": {"nu": "nu"},
-    "ScaleByRmsWithCountState": {"nu": "nu"},
-    "ScaleByRssState": {"sum_of_squares": "nu"},
-    "TraceState": {"trace": "trace"},
-    "FilterState": {"mu": "mu"},
-    "MagnitudeState": {"nu": "nu"},
-    "EigenbasisState": {"nu": "nu"},
-}
-SOURCES = list(MOMENTS)[:5]
+# By the names of types, since Optax exports not all of them.
+SOURCES = ["ScaleByAdamState", "ScaleByRmsState", "ScaleByRmsWithCountState"]
+SOURCES += ["ScaleByRssState", "TraceState"]
+KEEPERS = [*SOURCES, "FilterState", "MagnitudeState", "EigenbasisState"]
+FIELDS = {"mu": "mu", "nu": "nu", "sum_of_squares": "nu", "trace": "trace"}
+FACTORS = ["KroneckerState", "EigenbasisState"]
 SCHEDULES = ["ScaleByScheduleState", "WrappedScheduleState"]
-WHOLE = ["AveragingState", "InjectStatefulHyperparamsState"]
-# They count steps of the whole optimizer, under this name.
+WHOLE = ["AveragingState", "InjectStatefulHyperparamsState", "MultiStepsState"]
 COUNTERS = dict.fromkeys(SCHEDULES + WHOLE, "count")
 COUNTERS["MultiStepsState"] = "gradient_step"
 WORDS = {
@@ -51,7 +45,6 @@ ADVICE = {
     "trace": "Leave momentum out of tx: it would begin at nothing, and steps be short.",
 }
 UNSEEN = jnp.iinfo(jnp.int32).max  # a moment without a count has no bias to correct
-FACTORS = ["KroneckerState", "EigenbasisState"]
 
 
 class _Source(NamedTuple):
@@ -78,10 +71,9 @@ def from_adam(
     have made it; :func:`warm_up` leaves the first part out. With :func:`soap`
     (``b3=b1``) they are Adam's until the first refresh.
 
-    This holds where the numbers agree: ``b1``, the magnitude's ``b2`` and ``eps``
-    (``grafting.adam(b2, eps)``), the schedule and the weight decay. States do not
-    hold them, so they cannot be compared. With ``grafting=None`` Shampoo has a length
-    of its own, and does not go on with Adam's.
+    This holds where the numbers agree, which states do not tell: ``b1``, the
+    magnitude's ``b2`` and ``eps`` (``grafting.adam(b2, eps)``), the schedule and the
+    weight decay. With ``grafting=None`` Shampoo has a length of its own.
 
     Args:
       state: of ``optax.adam`` or ``adamw``, inside any chain or wrapper. From
@@ -99,7 +91,7 @@ def from_adam(
       The state, in arrays of its own: ``state`` can still be used and donated.
 
     Raises:
-      ValueError: ``state`` lacks what ``tx`` needs, has it twice, or belongs to other
+      ValueError: ``state`` lacks what ``tx`` needs, has it twice, or is of other
         parameters; or the layout is not that of ``tx``.
 
     Example:
@@ -109,24 +101,20 @@ def from_adam(
       >>> new = from_adam(state, tx, params)
       >>> ours, _ = tx.update(gradient, new, params)
       >>> updates, _ = adam.update(gradient, state, params)
-      >>> float(jnp.abs(ours["kernel"] - updates["kernel"]).max()) < 1e-8
-      True
+      >>> assert jnp.allclose(ours["kernel"], updates["kernel"], rtol=1e-6)
 
     Source: Agarwal et al., `Disentangling Adaptive Gradient Methods from Learning
     Rates <https://arxiv.org/abs/2002.11803>`_, 2020: a direction can be exchanged
     and the magnitude kept.
     """
-    source = _read(state)
-    _same_model(source, params)
 
     def build(params: optax.Params, source: _Source) -> Any:
-        fresh = tx.init(params)
-        return _Heir(source, params, layout).of(fresh)
+        return _Heir(source, params, layout).of(tx.init(params))
 
     if not layout.block_axes:
-        return build(params, source)
+        return build(params, _read(state))
     where = state_shardings(tx, params, layout)
-    return jax.jit(build, out_shardings=where)(params, source)
+    return jax.jit(build, out_shardings=where)(params, _read(state))
 
 
 def warm_up(
@@ -137,21 +125,17 @@ def warm_up(
 ) -> Any:
     """Measure factors before the first step: no parameter and no moment moves.
 
-    Equals ``tx.update`` on every gradient, of which only the factors, their roots and
-    bases, and the count that begins grafting are kept. With ``refresh.start - 1``
-    gradients or more the next step is Shampoo's already, as long as Adam's. Take them
-    at the parameters where training goes on, from different batches; under
-    ``optax.MultiSteps`` as many times more.
-
-    The second moment of :func:`eigenbasis` is turned with its bases, as though the
-    entries of a gradient were uncorrelated: it would be that of other directions.
-    Its bases are refreshed at multiples of the frequency, so give it that many.
+    Equals ``tx.update`` on every gradient, of which factors, roots, bases and the count
+    that begins grafting are kept. With ``refresh.start - 1``
+    gradients or more (under ``optax.MultiSteps`` as many times more) the next step is
+    Shampoo's already. Bases of :func:`eigenbasis` need as many as its frequency; its
+    second moment is turned with them, as though entries were uncorrelated.
 
     Args:
       tx: the optimizer.
       state: its state, for example of :func:`from_adam`; it is not consumed.
       params: where the gradients were taken.
-      gradients: like ``params``; a generator computes one at a time.
+      gradients: of different batches; a generator computes one at a time.
 
     Returns:
       The state with the factors.
@@ -163,9 +147,6 @@ def warm_up(
       >>> params, tx = {"kernel": jnp.eye(3)}, shampoo(1e-3, refresh=Refresh(2))
       >>> state = warm_up(tx, tx.init(params), params, [params])
       >>> updates, _ = tx.update(params, state, params)  # grafted, at step 2 of 2
-
-    Source: the start of preconditioning of Shi et al., `Distributed Shampoo
-    <https://arxiv.org/abs/2309.06497>`_, 2023, taken before a switch.
     """
     if not _nodes(state, FACTORS):
         raise ValueError(
@@ -178,10 +159,7 @@ def warm_up(
     for gradient in gradients:
         after = measure(gradient, after, params)
     if after is state:
-        raise ValueError(
-            "warm_up(gradients=...): there was none; wanted at least one, for example "
-            "(grad(loss)(params, batch) for batch in batches)."
-        )
+        raise ValueError("warm_up(gradients=...): there was none; wanted at least one.")
     return jax.jit(_measured)(state, after)
 
 
@@ -228,18 +206,15 @@ def _by_name(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Arrays:
 def _read(state: Any) -> _Source:
     """The moments in a state; raise unless there is one of each kind at most."""
     call = "from_adam(state=...)"
-    found = _nodes(state, SOURCES)
-    if not found:
+    if not (found := _nodes(state, SOURCES)):
         raise ValueError(
-            f"{call}: there is nothing in it that an optimizer could inherit. Wanted "
-            "the state of optax.adam, adamw, rmsprop, adagrad or sgd(momentum=...), as "
-            "training left it."
+            f"{call}: there is nothing in it that an optimizer could inherit; wanted "
+            "that of optax.adam, adamw, rmsprop, adagrad or sgd(momentum=...)."
         )
-    moments: dict[str, Arrays] = {}
-    count = None
+    moments, count = dict[str, Arrays](), None
     for node in found:
-        for field, moment in MOMENTS[type(node).__name__].items():
-            if moment in moments:
+        for field in FIELDS.keys() & {*node._fields}:
+            if (moment := FIELDS[field]) in moments:
                 names = ", ".join(type(node).__name__ for node in found)
                 raise ValueError(
                     f"{call}: {WORDS[moment]} stands in it more than once ({names}); "
@@ -254,37 +229,21 @@ def _read(state: Any) -> _Source:
     return _Source(moments, count, places[0].count if places else count)
 
 
-def _same_model(source: _Source, params: Any) -> None:
-    shapes = {name: jnp.shape(leaf) for name, leaf in _by_name(params).items()}
-    for arrays in source.moments.values():
-        for name, array in arrays.items():
-            wanted, came = shapes.get(name), jnp.shape(array)
-            if wanted != came:
-                there = "is not there" if wanted is None else f"has shape {wanted}"
-                raise ValueError(
-                    f"from_adam(params=...): parameter '{name}' {there}, and its moment "
-                    f"in the state has {came}; wanted what the state was trained with."
-                )
-
-
 def _asked(tree: Any) -> dict[str, Arrays]:
     """The moments that a state keeps, at any depth."""
     found: dict[str, Arrays] = {}
-    for node in _nodes(tree, MOMENTS):
+    for node in _nodes(tree, KEEPERS):
         for field, part in node._asdict().items():
-            moment = MOMENTS[type(node).__name__].get(field)
+            moment = FIELDS.get(field)
             found |= {moment: _by_name(part)} if moment else _asked(part)
     return found
 
 
 def _tree_of(node: BlockwiseState, params: Any, layout: BlockLayout) -> Tree:
     """The parameters that a state in blocks was made for, without the others."""
-    names = _by_name(node.blocked, _is(["EmptyState"]))
+    names, mask = _by_name(node.blocked, _is(["EmptyState"])), optax.MaskedNode()
     blocked = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: (
-            leaf if _checks.name_of(path) in names else optax.MaskedNode()
-        ),
-        params,
+        lambda path, leaf: leaf if _checks.name_of(path) in names else mask, params
     )
     # The aliases narrow a layout where a direction tells rows from columns.
     level = dataclasses.replace(layout, turn_wide_blocks=False)
@@ -293,8 +252,7 @@ def _tree_of(node: BlockwiseState, params: Any, layout: BlockLayout) -> Tree:
         layouts.reverse()
     stacks = next(iter(_asked(node.blocks).values()))
     wanted = {key: jnp.shape(stack) for key, stack in stacks.items()}
-    for one in layouts:
-        tree = Tree(blocked, one)
+    for tree in (Tree(blocked, one) for one in layouts):
         if tree.plan.stacks == wanted:
             return tree
     raise ValueError(
@@ -312,8 +270,7 @@ class _Heir:
 
     def of(self, fresh: Any) -> Any:
         """The state with everything inherited."""
-
-        known = _is([*MOMENTS, *COUNTERS, "BlockwiseState"])
+        known = _is([*KEEPERS, *COUNTERS, "BlockwiseState"])
         return jax.tree.map(
             lambda node: self._one(node) if known(node) else node, fresh, is_leaf=known
         )
@@ -323,11 +280,10 @@ class _Heir:
             blocks = self._in_blocks(node).of(node.blocks)
             return node._replace(blocks=blocks, rest=self.of(node.rest))
         name, parts = type(node).__name__, node._asdict()
-        fields = MOMENTS.get(name, {})
         for field, part in parts.items():
-            if field in fields:
-                parts[field] = self._moment(part, fields[field])
-            elif field == "count" and fields:
+            if name in KEEPERS and field in FIELDS:
+                parts[field] = self._moment(part, FIELDS[field])
+            elif name in KEEPERS and field == "count":
                 parts[field] = self._count(part, self.source.count, name)
             elif field == COUNTERS.get(name):
                 parts[field] = self._count(part, self.source.position, name)
@@ -336,36 +292,37 @@ class _Heir:
         return type(node)(**parts)
 
     def _moment(self, like: Any, moment: str) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: _own(self._get(moment, _checks.name_of(path)), leaf),
-            like,
-        )
-
-    def _get(self, moment: str, name: str) -> jax.Array:
-        arrays = self.source.moments.get(moment)
+        """Arrays of a moment in place of others, each in the other's dtype."""
+        arrays, what = self.source.moments.get(moment), WORDS[moment]
         if arrays is None:
             has = " and ".join(WORDS[found] for found in self.source.moments)
             raise ValueError(
-                f"from_adam(state=...): it holds {has}, and tx goes on with "
-                f"{WORDS[moment]}. {ADVICE[moment]}"
+                f"from_adam(state=...): it holds {has}, and tx goes on with {what}. "
+                f"{ADVICE[moment]}"
             )
-        if name not in arrays:
+
+        def inherited(path: Any, leaf: Any) -> jax.Array:
+            name, shape = _checks.name_of(path), jnp.shape(leaf)
+            came = jnp.shape(arrays[name]) if name in arrays else None
+            if came == shape:
+                return _own(arrays[name], leaf)
+            there = "is not in it" if came is None else f"has shape {came} in it"
             raise ValueError(
-                f"from_adam(state=...): {WORDS[moment]} of '{name}' is not in it, and "
-                "tx goes on with one; wanted the state of an optimizer that trained "
-                "every parameter of tx."
+                f"from_adam(state=...): {what} of '{name}' {there}, and the parameter "
+                f"has {shape}; wanted the state that trained these parameters."
             )
-        return arrays[name]
+
+        return jax.tree_util.tree_map_with_path(inherited, like)
 
     def _count(self, like: jax.Array, count: Any, name: str) -> jax.Array:
-        if count is None and name in (*SCHEDULES, "EigenbasisState"):
+        if count is not None or name in WHOLE:
+            return _own(like if count is None else count, like)
+        if name in (*SCHEDULES, "EigenbasisState"):
             raise ValueError(
                 f"from_adam(state=...): it does not count steps, and a {name} of tx "
                 "goes on from one; wanted a state with a count or a schedule in it."
             )
-        if count is None:
-            return _own(UNSEEN, like) if name in MOMENTS else like
-        return _own(count, like)
+        return _own(UNSEEN, like)
 
     def _in_blocks(self, node: BlockwiseState) -> _Heir:
         """The heir of what is kept in stacks; they are cut where gradients are."""
@@ -373,22 +330,23 @@ class _Heir:
         if not asked:
             return self
         tree = _tree_of(node, self.params, self.layout)
-        given, like = {}, {}
-        for moment in asked:
-            leaves = [self._get(moment, name) for name in tree.names]
-            whole = jax.tree.unflatten(tree.treedef, leaves)
-            given[moment] = Tree(whole, tree.layout, tree.specs).blocked()
-            like[moment] = {k: jnp.zeros(x) for k, x in tree.plan.stacks.items()}
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, wide(x.dtype)), tree.abstract()
+        )
+        given = {
+            moment: Tree(self._moment(like, moment), tree.layout, tree.specs).blocked()
+            for moment in asked
+        }
 
-        def cut(given: dict[str, Any], like: Any) -> Any:
+        def cut(given: dict[str, Any], _: Any) -> Any:
             stacks = {moment: split(x, tree.plan) for moment, x in given.items()}
             return next(iter(given.values())), stacks
 
-        _, stacks = spread(cut, tree, given, like)
+        _, stacks = spread(cut, tree, given, asked)
         source = self.source._replace(moments=stacks)
         return _Heir(source, self.params, self.layout)
 
 
 def _own(value: Any, like: jax.Array) -> jax.Array:
-    """A copy in the dtype of another array: a step may donate either state."""
+    # A copy: a step may donate either state.
     return jnp.array(value, jnp.result_type(like), copy=True)

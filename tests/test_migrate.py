@@ -371,14 +371,14 @@ def test_refused_in_a_sentence(old: Any, options: Any, words: str) -> None:
 def test_other_parameters_are_refused() -> None:
     state, tx = adamw().init(params()), shampoo()
     other = params() | {"bias": jnp.zeros(6)}
-    with pytest.raises(ValueError, match=r"'bias' has shape \(6,\).*\(5,\)"):
+    with pytest.raises(ValueError, match=r"'bias' has shape \(5,\) .* has \(6,\)"):
+        from_adam(state, tx, other, LAYOUT)
+    other = params() | {"small": jnp.zeros((3, 4))}
+    with pytest.raises(ValueError, match=r"'small' has shape \(4, 3\) "):
         from_adam(state, tx, other, LAYOUT)
     more = params() | {"new": jnp.zeros((4, 4))}
     with pytest.raises(ValueError, match="of 'new' is not in it"):
         from_adam(state, tx, more, LAYOUT)
-    less = {name: x for name, x in params().items() if name != "bias"}
-    with pytest.raises(ValueError, match="'bias' is not there"):
-        from_adam(state, tx, less, LAYOUT)
 
 
 def test_a_warm_up_of_nothing_is_refused() -> None:

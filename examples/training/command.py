@@ -9,6 +9,7 @@ from pathlib import Path
 
 import optax
 
+import shampoo_optax as so
 from examples.training.interrupts import EXIT_CODE, Stopped
 from examples.training.loop import train
 from examples.training.measure import optimizer_milliseconds, state_bytes_per_parameter
@@ -97,6 +98,7 @@ def compare(
     title: str,
     learning_rates: Mapping[str, float],
     settings: Settings,
+    layout: so.BlockLayout,
     period: int,
     on_step: Callable[[int], None],
 ) -> int:
@@ -109,6 +111,7 @@ def compare(
       title: of the table and the picture.
       learning_rates: the tuned peak learning rate of each optimizer.
       settings: of the task, for refusing the checkpoints of another one.
+      layout: of Shampoo's blocks, which checkpoints are saved by.
       period: steps from one refresh of Shampoo's roots to the next.
       on_step: called after each step with how many are done.
 
@@ -139,6 +142,7 @@ def compare(
                     "seed": arguments.seed,
                 },
                 console=console,
+                layout=layout,
                 on_step=on_step,
             )
             results[name] = Result(

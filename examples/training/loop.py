@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
+import shampoo_optax as so
 from examples.training.checkpoints import Checkpoints
 from examples.training.interrupts import Stopped, deferred_interrupt
 from examples.training.progress import progress
@@ -130,6 +131,7 @@ def train(
     directory: Path,
     settings: Settings,
     console: Console,
+    layout: so.BlockLayout,
     on_step: Callable[[int], None] = _ignore,
 ) -> tuple[TrainingState, Record]:
     """Trains to the end, from the newest checkpoint if there is one.
@@ -142,6 +144,7 @@ def train(
       directory: of the run's checkpoints.
       settings: what must be the same for a checkpoint to be resumed.
       console: where to show progress.
+      layout: of the optimizer's blocks, which checkpoints are saved by.
       on_step: called after each step with how many are done.
 
     Returns:
@@ -150,7 +153,7 @@ def train(
     Raises:
       Stopped: on Ctrl-C, after a checkpoint of the last whole step.
     """
-    with Checkpoints(directory) as checkpoints:
+    with Checkpoints(directory, layout) as checkpoints:
         state, record = checkpoints.restore(task.start(optimizer), settings)
         if record.step < schedule.steps:
             state = _run_steps(

@@ -10,6 +10,7 @@ from shampoo_optax.checkpoint.store import Restored as Restored
 from shampoo_optax.checkpoint.store import items as items
 from shampoo_optax.checkpoint.store import latest_verified_step as latest_verified_step
 from shampoo_optax.checkpoint.store import manager as manager
+from shampoo_optax.checkpoint.store import read_extra as read_extra
 from shampoo_optax.checkpoint.store import restore as restore
 from shampoo_optax.checkpoint.store import save as save
 from shampoo_optax.checkpoint.view import abstract_view as abstract_view

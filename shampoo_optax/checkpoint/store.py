@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,9 @@ import orbax.checkpoint as ocp
 from shampoo_optax._paths import escaped, keys_of
 from shampoo_optax.checkpoint import spec as specs
 from shampoo_optax.checkpoint.compare import compare, compare_params
-from shampoo_optax.checkpoint.moves import Home, placed
+from shampoo_optax.checkpoint.moves import placed
+from shampoo_optax.checkpoint.names import Names, by_name
+from shampoo_optax.checkpoint.read import read_arrays, read_spec
 from shampoo_optax.checkpoint.spec import DamagedCheckpoint
 from shampoo_optax.checkpoint.view import (
     abstract_view,
@@ -26,8 +27,6 @@ from shampoo_optax.checkpoint.view import (
     to_param_view,
 )
 from shampoo_optax.layout.block_layout import BlockLayout
-
-LARGEST_SPEC = 2**28  # bytes; that of 100,000 arrays has a tenth of it
 
 
 class Restored(NamedTuple):
@@ -80,7 +79,7 @@ def items(
       ValueError: the state does not fit, see :func:`to_param_view`.
     """
     view = to_param_view(state, params, layout)
-    leaves = _named(params)
+    leaves = by_name(params)
     arrays = {
         "params": {name: leaf for name, leaf in leaves.items() if leaf.size},
         "optimizer": {key: node for key, node in view.items() if not _empty(node)},
@@ -167,7 +166,7 @@ def restore(
             f"checkpoint: {manager.directory} has steps {known[::-1]}; wanted "
             f"{'any' if step is None else step}."
         )
-    names = _Names(fresh, renamed or {})
+    names = Names(fresh, renamed or {})
     like = params_like, state_like, layout
     for candidate in known if step is None else [step]:
         try:
@@ -177,6 +176,15 @@ def restore(
                 raise
             warnings.warn(f"{damage} Trying the one before.", stacklevel=2)
     raise AssertionError  # the last of them raises or returns
+
+
+def read_extra(manager: ocp.CheckpointManager, step: int) -> Any:
+    """What was saved as ``extra`` with a step, before any array is read.
+
+    Raises:
+      DamagedCheckpoint: the step's spec is not what was saved.
+    """
+    return read_spec(manager, step, f"step {step} of {manager.directory}")["extra"]
 
 
 def latest_verified_step(
@@ -194,41 +202,11 @@ def latest_verified_step(
     """
     for step in sorted(manager.all_steps(), reverse=True):
         try:
-            _open(manager, step, params_like, state_like, layout, _Names(None, {}))
+            _open(manager, step, params_like, state_like, layout, Names(None, {}))
         except DamagedCheckpoint:
             continue
         return int(step)
     return None
-
-
-class _Names:
-    """Which parameters are read, and under which name they were saved."""
-
-    def __init__(self, fresh: str | None, renamed: Mapping[str, str]) -> None:
-        self.fresh, self.renamed = fresh, renamed
-
-    def read(self, tree: Mapping[str, Any]) -> dict[str, Any]:
-        """What is to be read, by its old name."""
-        return {self.old(k): v for k, v in tree.items() if not self.is_fresh(k)}
-
-    def back(self, found: Mapping[str, Any], wanted: Iterable[str]) -> dict[str, Any]:
-        """What was read, by its new name."""
-        return {k: found[self.old(k)] for k in wanted if not self.is_fresh(k)}
-
-    def is_fresh(self, name: str) -> bool:
-        """Whether a parameter is begun anew."""
-        return self.fresh is not None and re.search(self.fresh, name) is not None
-
-    def old(self, name: str) -> str:
-        """The name it was saved under."""
-        for new, old in self.renamed.items():
-            if name == new or name.startswith(f"{new}/"):
-                return old + name[len(new) :]
-        return name
-
-    def without_fresh(self, there: Mapping[str, Any]) -> dict[str, Any]:
-        """What is there, but for what is begun anew all the same."""
-        return {k: v for k, v in there.items() if not self.is_fresh(k)}
 
 
 def _open(
@@ -237,22 +215,22 @@ def _open(
     params_like: optax.Params,
     state_like: Any,
     layout: BlockLayout,
-    names: _Names,
+    names: Names,
 ) -> Restored:
     where = f"step {step} of {manager.directory}"
-    spec = _read_spec(manager, step, where)
+    spec = read_spec(manager, step, where)
     there = specs.shapes(spec)
-    params = {k: v for k, v in _named(params_like).items() if math.prod(jnp.shape(v))}
+    params = {k: v for k, v in by_name(params_like).items() if math.prod(jnp.shape(v))}
     view = abstract_view(state_like, params_like, layout)
     wanted = {"params": names.read(params), "optimizer": _renamed(view, names.read)}
     compare_params(names.without_fresh(there["params"]), wanted["params"])
     saved = {"parameters": {}, "shared": {}} | there["optimizer"]
     compare(_renamed(saved, names.without_fresh), wanted["optimizer"])
     home = home_of(layout)
-    found = _read(manager, step, there, wanted, home, where)
+    found = read_arrays(manager, step, there, wanted, home, where)
     specs.check_digests(spec, found, where)
     read = names.back(found["params"], params)
-    merged = {k: _empty_array(v) for k, v in _named(params_like).items()} | read
+    merged = {k: _empty_array(v) for k, v in by_name(params_like).items()} | read
     paths, treedef = jax.tree_util.tree_flatten_with_path(params_like)
     leaves = [merged[escaped(keys_of(path))] for path, _ in paths]
     restored = jax.tree.unflatten(treedef, leaves)
@@ -267,7 +245,7 @@ def _state(
     params_like: optax.Params,
     state_like: Any,
     layout: BlockLayout,
-    names: _Names,
+    names: Names,
 ) -> Any:
     if names.fresh is None and not names.renamed:
         return from_param_view(view, state_like, params, layout)
@@ -285,47 +263,6 @@ def _renamed(view: Mapping[str, Any], rename: Any) -> dict[str, Any]:
     return {**view, "parameters": rename(view["parameters"])}
 
 
-def _read_spec(manager: ocp.CheckpointManager, step: int, where: str) -> specs.Spec:
-    folder = Path(manager.directory) / str(step) / "spec"
-    size = sum(file.stat().st_size for file in folder.glob("*") if file.is_file())
-    if size > LARGEST_SPEC:
-        raise DamagedCheckpoint(
-            f"checkpoint: {where} has a spec of {size} bytes; wanted at most "
-            f"{LARGEST_SPEC}."
-        )
-    args = ocp.args.Composite(spec=ocp.args.JsonRestore())
-    spec = _guarded(manager, step, args, where)["spec"]
-    specs.check(spec, where)
-    return spec
-
-
-def _read(
-    manager: ocp.CheckpointManager,
-    step: int,
-    there: dict[str, Any],
-    wanted: dict[str, Any],
-    home: Home,
-    where: str,
-) -> dict[str, Any]:
-    """All arrays, those that are wanted to where they are wanted."""
-
-    def target(said: Any, asked: Any) -> Any:
-        if isinstance(said, Mapping):
-            return {k: target(v, (asked or {}).get(k)) for k, v in said.items()}
-        if asked is None:  # begun anew in spite of it
-            return _abstract(said, home.everywhere(len(said.shape)))
-        return _abstract(asked, getattr(asked, "sharding", None))
-
-    trees = {name: target(there[name], wanted[name]) for name in there if there[name]}
-    args = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
-    found = _guarded(manager, step, ocp.args.Composite(**args), where)
-    return {name: found[name] if name in trees else {} for name in there}
-
-
-def _abstract(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=where)
-
-
 def _empty_array(leaf: Any) -> Any:
     """A parameter without entries, which no file holds; another as it is."""
     if math.prod(jnp.shape(leaf)):
@@ -336,20 +273,3 @@ def _empty_array(leaf: Any) -> Any:
 
 def _empty(node: Any) -> bool:
     return isinstance(node, Mapping) and not node
-
-
-def _guarded(manager: ocp.CheckpointManager, step: int, args: Any, where: str) -> Any:
-    """Orbax's restore; whatever it raises on a broken file, in our words."""
-    try:
-        return manager.restore(step, args=args)
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0][:300]
-        raise DamagedCheckpoint(
-            f"checkpoint: {where} cannot be read ({type(error).__name__}: {first}). "
-            "Restore another step."
-        ) from error
-
-
-def _named(params: optax.Params) -> dict[str, Any]:
-    paths, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {escaped(keys_of(path)): leaf for path, leaf in paths}
