@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import shampoo_optax as so
+from shampoo_optax import checkpoint
 from shampoo_optax.layout.placement import sharding
 from tests import helpers
 
@@ -152,6 +153,21 @@ def digest(run: Run, tree: Any) -> str:
     return found.hexdigest()
 
 
+def reopened(run: Run, end: Any, folder: Path) -> bool:
+    """Saves from all processes, opens it again, and compares every bit."""
+    params, state = end
+    shapes = jax.eval_shape(run.tx.init, params)
+    with checkpoint.manager(folder) as manager:
+        checkpoint.save(manager, 6, params, state, run.layout)
+        manager.wait_until_finished()
+        found = checkpoint.restore(manager, params, shapes, run.layout)
+    views = [
+        digest(run, (p, checkpoint.to_param_view(s, p, run.layout)))
+        for p, s in ((params, state), (found.params, found.state))
+    ]
+    return views[0] == views[1]
+
+
 def main(scenario: str, port: int, process: int, folder: Path) -> None:
     """Join the others, run, and write what came out."""
     jax.config.update("jax_platforms", "cpu")
@@ -175,6 +191,8 @@ def main(scenario: str, port: int, process: int, folder: Path) -> None:
             arrays |= {f"{kind}{step}_{name}": x for name, x in updates.items()}
         said[f"{kind}failures"] = failures
         said[f"{kind}digest"] = digest(run, end)
+        if scenario == "fsdp":
+            said["reopened"] = reopened(run, end, folder / "run")
     said["compilations"] = run.update._cache_size()
     np.savez(folder / f"{process}.npz", **arrays)
     (folder / f"{process}.json").write_text(json.dumps(said))

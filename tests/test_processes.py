@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from shampoo_optax import checkpoint
 from tests import processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +75,16 @@ def test_two_processes_are_one_device(tmp_path: Path) -> None:
     for said, found in both:
         _assert_like_one_device(found, "", wanted)
         assert said["compilations"] == 1
+        assert said["reopened"]
     assert both[0][0]["digest"] == both[1][0]["digest"]
+    # What eight devices of two processes saved, one device of one opens.
+    like = {name: jnp.zeros(shape) for name, shape in processes.FSDP.items()}
+    shapes = jax.eval_shape(one.tx.init, like)
+    with checkpoint.manager(tmp_path / "run") as manager:
+        found = checkpoint.restore(manager, like, shapes, one.layout)
+    gradients = processes.fsdp_gradients()[0]
+    updates, _ = one.update(gradients, found.state, found.params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(updates))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from shampoo_optax.layout import placement
 from shampoo_optax.layout.owners import Held
 from shampoo_optax.layout.plan import Shape
 
+# Of the view's names and meanings; golden checkpoints hold every one.
+VERSION = np.int32(1)
 # What our parts begin with in square matrices that no block fills: the identity, so
 # that a basis is one also where it is empty; zeros elsewhere.
 IDENTITIES = ("roots", "bases")
@@ -129,6 +132,16 @@ def placed(array: jax.Array, where: Sharding | None) -> jax.Array:
     if where is None or isinstance(array, jax.core.Tracer):
         return array
     return jax.device_put(array, where)
+
+
+def nothing(like: Any) -> np.ndarray:
+    """An array of size zero."""
+    return np.zeros(like.shape, like.dtype)
+
+
+def constant(value: np.ndarray | np.generic, where: Sharding | None) -> jax.Array:
+    """What all processes know, as an array where it is wanted."""
+    return jnp.asarray(value) if where is None else jax.device_put(value, where)
 
 
 def _sides(entry: Cut, member: Held, stack: Shape, *, own: bool) -> Shape:

@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from shampoo_optax.checkpoint import moves
 from shampoo_optax.checkpoint.digest import digests
-from shampoo_optax.checkpoint.view import VERSION
 from shampoo_optax.layout.block_layout import BlockLayout
 
 FORMAT = "shampoo_optax"
+VERSION = int(moves.VERSION)
 Spec = dict[str, Any]
 # Of the layout, what decides names and shapes; the mesh decides none.
 RULES = (

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from shampoo_optax._paths import escaped, keys_of
 from shampoo_optax.checkpoint import spec as specs
 from shampoo_optax.checkpoint.compare import compare, compare_params
-from shampoo_optax.checkpoint.moves import placed
+from shampoo_optax.checkpoint.moves import constant, nothing
 from shampoo_optax.checkpoint.names import Names, by_name
 from shampoo_optax.checkpoint.read import read_arrays, read_spec
 from shampoo_optax.checkpoint.spec import DamagedCheckpoint
@@ -267,8 +267,7 @@ def _empty_array(leaf: Any) -> Any:
     """A parameter without entries, which no file holds; another as it is."""
     if math.prod(jnp.shape(leaf)):
         return leaf
-    array = jnp.zeros(jnp.shape(leaf), jnp.result_type(leaf))
-    return placed(array, getattr(leaf, "sharding", None))
+    return constant(nothing(leaf), getattr(leaf, "sharding", None))
 
 
 def _empty(node: Any) -> bool:

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, Sharding
 
@@ -20,7 +19,6 @@ from shampoo_optax.layout.owners import Held
 from shampoo_optax.layout.plan import Shape
 
 View = dict[str, Any]
-VERSION = 1  # of the view's names and meanings; golden checkpoints hold every one
 
 
 def to_param_view(state: Any, params: optax.Params, layout: BlockLayout) -> View:
@@ -60,7 +58,7 @@ def to_param_view(state: Any, params: optax.Params, layout: BlockLayout) -> View
       {'2x4': (1, 4, 4), '4x4': (2, 4, 4)}
     """
     home = home_of(layout)
-    view = _empty()
+    view = _empty(home)
     entries = entries_of(state, params, layout)
     for entry, leaf in zip(entries, jax.tree.leaves(state), strict=True):
         if isinstance(entry, Cut):
@@ -118,10 +116,11 @@ def from_param_view(
             stack = moves.given(entry, parts, tuple(like.shape), home)
             made.append(moves.placed(stack, home.typed(stack.ndim)))
         else:
-            empty = math.prod(like.shape) == 0  # not saved: there is nothing in it
-            found = jnp.zeros(like.shape, like.dtype) if empty else None
-            found = _get(view, _where(entry)) if found is None else found
-            made.append(moves.placed(found, _lies(entry, like, params, home)))
+            where = _lies(entry, like, params, home)
+            if math.prod(like.shape) == 0:  # not saved: there is nothing in it
+                made.append(moves.constant(moves.nothing(like), where))
+            else:
+                made.append(moves.placed(_get(view, _where(entry)), where))
     return jax.tree.unflatten(treedef, made)
 
 
@@ -140,7 +139,7 @@ def abstract_view(state_like: Any, params: optax.Params, layout: BlockLayout) ->
       (1, 3, 3)
     """
     home = home_of(layout)
-    view = _empty()
+    view = _empty(home)
     version = view["version"]
     everywhere = home.everywhere(0)
     view["version"] = _shape(version.shape, version.dtype, everywhere)
@@ -165,8 +164,9 @@ def home_of(layout: BlockLayout) -> moves.Home:
     return moves.Home(mesh, layout.block_axes)
 
 
-def _empty() -> View:
-    return {"parameters": {}, "shared": {}, "version": jnp.int32(VERSION)}
+def _empty(home: moves.Home) -> View:
+    version = moves.constant(moves.VERSION, home.everywhere(0))
+    return {"parameters": {}, "shared": {}, "version": version}
 
 
 def _where(entry: Own | Shared) -> tuple[str, ...]:
