@@ -39,9 +39,20 @@ def digest(array: jax.Array) -> jax.Array:
     return jnp.sum(words * weights, dtype=jnp.uint32)
 
 
+def in_turn(made: Any) -> Any:
+    """What a program made, done where it has to be before the next one begins.
+
+    On CPUs of several processes the collectives of programs in flight at once wait for
+    each other for ever.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.block_until_ready(made)
+    return made
+
+
 def digests(tree: Any) -> list[int]:
     """Those of all leaves, on the host; every process of a mesh has to call it."""
-    made = [digest(leaf) for leaf in jax.tree.leaves(tree)]
+    made = [in_turn(digest(leaf)) for leaf in jax.tree.leaves(tree)]
     return [int(number) for number in jax.device_get(made)]
 
 

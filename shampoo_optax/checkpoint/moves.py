@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from shampoo_optax.checkpoint.digest import in_turn
 from shampoo_optax.checkpoint.entries import Cut
 from shampoo_optax.layout import placement
 from shampoo_optax.layout.owners import Held
@@ -98,7 +99,7 @@ def taken(entry: Cut, stack: jax.Array, home: Home) -> list[jax.Array]:
         tuple(home.aside(shape_of(entry, m, stack.shape)) for m in entry.members),
     )
     places = [_places(member.rows) for member in entry.members]
-    return run(placed(stack, home.rows()), places)
+    return in_turn(run(placed(stack, home.rows()), places))
 
 
 def given(
@@ -124,14 +125,14 @@ def given(
         home.rows(),
     )
     parts = [placed(part, home.aside(part.shape)) for part in parts]
-    return run(parts, source.astype(np.int32))
+    return in_turn(run(parts, source.astype(np.int32)))
 
 
 def placed(array: jax.Array, where: Sharding | None) -> jax.Array:
     """An array where it is wanted; a traced one, or on one device, stays."""
     if where is None or isinstance(array, jax.core.Tracer):
         return array
-    return jax.device_put(array, where)
+    return in_turn(jax.device_put(array, where))
 
 
 def nothing(like: Any) -> np.ndarray:

@@ -56,6 +56,8 @@ def read_arrays(
 
 
 def _abstract(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+    # Unless told, Orbax asks for the devices that the array was saved on.
+    where = where or jnp.zeros(()).sharding
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=where)
 
 
