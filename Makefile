@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=4294967296 \
   MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: train digits test lint bench convergence pods clean
+.PHONY: train digits test lint bench convergence pods soak clean
 
 train: $(VENV)/.examples ## train a transformer with AdamW and Shampoo side by side
 	$(KEEP_MEMORY) $(BIN)/python -m examples.train_lm $(ARGS)
@@ -41,6 +41,12 @@ pods: $(VENV)/.test $(VENV)/libtpu ## compile the update for TPU pods, without o
 convergence: $(VENV)/.bench ## steps to AdamW's losses, each optimizer at its best rate
 	$(KEEP_MEMORY) OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu $(BIN)/python -m \
 	  benchmarks.convergence --picture docs/images/choosing.png $(ARGS)
+
+# A hundred kills and a thousand flipped bits, in about ten minutes.
+soak: $(VENV)/.test ## kill and damage checkpoints more often than the tests do
+	SHAMPOO_OPTAX_KILLS=100 SHAMPOO_OPTAX_FLIPS=1000 OMP_NUM_THREADS=1 \
+	  OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/test_kill.py \
+	  tests/test_checkpoint.py -k "kill or flipped" $(ARGS)
 
 clean: ## remove environments, caches and runs
 	rm -rf $(VENV) build dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

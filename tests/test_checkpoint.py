@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )
 LAYOUT = so.BlockLayout(4)
-FLIPS = 60
+FLIPS = int(os.environ.get("SHAMPOO_OPTAX_FLIPS", "60"))
 
 
 def _params() -> dict[str, Any]:

@@ -49,3 +49,11 @@ def test_sharding(heading: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_there_is_a_program_for_every_mode() -> None:
     assert len(MODES) == 8
+
+
+def test_checkpoints() -> None:
+    names: dict[str, Any] = {}
+    for heading, program in _programs("checkpoints.md").items():
+        exec(compile(program, heading, "exec"), names)
+    assert names["found"].step == names["step"] == 100
+    assert names["found"].params["w"].sharding.spec[0] == "fsdp"
