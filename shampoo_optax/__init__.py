@@ -10,6 +10,8 @@ from shampoo_optax.layout.block_layout import BlockLayout as BlockLayout
 from shampoo_optax.linalg import bases as bases
 from shampoo_optax.linalg import orthogonal as orthogonal
 from shampoo_optax.linalg import roots as roots
+from shampoo_optax.migrate import from_adam as from_adam
+from shampoo_optax.migrate import warm_up as warm_up
 from shampoo_optax.report import describe as describe
 from shampoo_optax.scale_by import scale_by_shampoo as scale_by_shampoo
 from shampoo_optax.scale_by import scale_by_soap as scale_by_soap

@@ -66,10 +66,9 @@ def from_adam(
     Equals ``tx.init(params)`` with Adam's count and moments in place of zeros, cut
     into blocks where they are kept in blocks, and with schedules where Adam's are.
     What Adam has not measured (factors, bases, when to begin grafting) begins anew. So
-    with :func:`shampoo` the steps are Adam's own until ``refresh.start`` of them are
-    done, and from then on Shampoo's direction, every block as long as Adam would
-    have made it; :func:`warm_up` leaves the first part out. With :func:`soap`
-    (``b3=b1``) they are Adam's until the first refresh.
+    with :func:`shampoo` steps are Adam's own before the ``refresh.start``-th, and then
+    Shampoo's, every block as long as Adam would have made it; :func:`warm_up` leaves
+    the first part out. With :func:`soap` (``b3=b1``) they are Adam's until a refresh.
 
     This holds where the numbers agree, which states do not tell: ``b1``, the
     magnitude's ``b2`` and ``eps`` (``grafting.adam(b2, eps)``), the schedule and the
@@ -104,8 +103,7 @@ def from_adam(
       >>> assert jnp.allclose(ours["kernel"], updates["kernel"], rtol=1e-6)
 
     Source: Agarwal et al., `Disentangling Adaptive Gradient Methods from Learning
-    Rates <https://arxiv.org/abs/2002.11803>`_, 2020: a direction can be exchanged
-    and the magnitude kept.
+    Rates <https://arxiv.org/abs/2002.11803>`_, 2020.
     """
 
     def build(params: optax.Params, source: _Source) -> Any:
@@ -126,10 +124,10 @@ def warm_up(
     """Measure factors before the first step: no parameter and no moment moves.
 
     Equals ``tx.update`` on every gradient, of which factors, roots, bases and the count
-    that begins grafting are kept. With ``refresh.start - 1``
-    gradients or more (under ``optax.MultiSteps`` as many times more) the next step is
-    Shampoo's already. Bases of :func:`eigenbasis` need as many as its frequency; its
-    second moment is turned with them, as though entries were uncorrelated.
+    that begins grafting are kept. With ``refresh.start - 1`` gradients or more (times
+    the steps of ``optax.MultiSteps``) the next step is Shampoo's already. Bases of
+    :func:`eigenbasis` need as many as its frequency; its second moment is turned with
+    them, as though entries were uncorrelated.
 
     Args:
       tx: the optimizer.
