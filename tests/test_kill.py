@@ -14,7 +14,7 @@ from tests.resumable import EVERY
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("SHAMPOO_OPTAX_KILLS", "8"))
 # Changed at every kill: what one mesh saved, another opens.
-DEVICES = (8, 4, 1, 8, 2)
+DEVICES = (8, 4, 1, 8, 2, 3, 5, 6)
 STEPS_A_LIFE, PAUSE = 12, 0.02
 
 

@@ -5,6 +5,7 @@ Imported on its own, ``from shampoo_optax import checkpoint``: it needs Orbax
 """
 
 from shampoo_optax.checkpoint.digest import digest as digest
+from shampoo_optax.checkpoint.reference import from_reference as from_reference
 from shampoo_optax.checkpoint.spec import DamagedCheckpoint as DamagedCheckpoint
 from shampoo_optax.checkpoint.store import Restored as Restored
 from shampoo_optax.checkpoint.store import items as items

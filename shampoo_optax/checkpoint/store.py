@@ -160,6 +160,7 @@ def restore(
       ValueError: the checkpoint is of another optimizer, layout or model; it says which
         leaf, what is there and what is wanted.
     """
+    manager.wait_until_finished()  # a step under way is none yet
     known = sorted(manager.all_steps(), reverse=True)
     if not known or (step is not None and step not in known):
         raise FileNotFoundError(
@@ -200,6 +201,7 @@ def latest_verified_step(
     Returns:
       The step; None where there is none.
     """
+    manager.wait_until_finished()
     for step in sorted(manager.all_steps(), reverse=True):
         try:
             _open(manager, step, params_like, state_like, layout, Names(None, {}))

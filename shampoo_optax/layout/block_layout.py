@@ -177,6 +177,10 @@ class BlockLayout:
         merges = self.merge_stacks and not self.deterministic and plan.devices > 1
         return merged(plan) if merges else plan
 
+    def folded(self, shape: Shape) -> Shape | None:
+        """What one array is folded to, without batch axes; None if it is not blocked."""
+        return self._fold(shape)
+
     def _skips(self, name: str, shape: Shape) -> bool:
         if self.skip is None:
             return False
