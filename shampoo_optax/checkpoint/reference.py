@@ -47,8 +47,8 @@ def from_reference(
     matrices may be packed (the upper triangle, row by row).
 
     Args:
-      arrays: by our parameter path (``"layers/0/kernel"``), in our shapes: a kernel that
-        was transposed on its way from torch has to be so in its state, too.
+      arrays: by our parameter path (``"layers/0/kernel"``), in our shapes: a kernel
+        that was transposed on its way from torch has to be so in its state, too.
       state_like: ``tx.init(params)`` or its shapes.
       params: or shapes of them.
       layout: as the reference had it, for example

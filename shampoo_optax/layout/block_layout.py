@@ -178,7 +178,7 @@ class BlockLayout:
         return merged(plan) if merges else plan
 
     def folded(self, shape: Shape) -> Shape | None:
-        """What one array is folded to, without batch axes; None if it is not blocked."""
+        """What an array without batch axes is folded to; None if it is not blocked."""
         return self._fold(shape)
 
     def _skips(self, name: str, shape: Shape) -> bool:
