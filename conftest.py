@@ -15,8 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # XLA ends the process where eight devices do not meet within 40 s, which eight threads
 # on a busy machine of two cores once did not.
-PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE}"
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 
 import jax
 import pytest
