@@ -44,7 +44,7 @@ def soap(
 
     Equals ``optax.chain(scale_by_soap(...), add_weight_decay(...),
     optax.scale_by_learning_rate(learning_rate))``. With Nesterov's momentum
-    and bases from the first step on, which needed fewer steps than either without
+    and bases from the second step on, which needed fewer steps than either without
     (``docs/choosing.md``). Its best learning rate is about twice AdamW's.
 
     Args:
@@ -59,7 +59,7 @@ def soap(
       b3: decay of the average used in this step only; None means ``b1**2``, Nesterov's
         momentum, and ``b1`` is none.
       layout: which blocks.
-      refresh: when bases are computed anew; with no start named, first at step 1.
+      refresh: when bases are computed anew; with no start named, first at step 2.
       basis: how, for example ``bases.QR()``.
       grafting: a magnitude rule; None keeps SOAP's own.
       null_space: see :func:`eigenbasis`.

@@ -134,7 +134,7 @@ def scale_by_soap(
       b3: decay of the average used in this step only; None means ``b1**2``, Nesterov's
         momentum, and ``b1`` is none.
       layout: which blocks.
-      refresh: when bases are computed anew; with no start named, first at step 1.
+      refresh: when bases are computed anew; with no start named, first at step 2.
       basis: how, for example ``bases.CholeskyQR2()``.
       grafting: a magnitude rule; None keeps SOAP's own, which is Adam's already.
       null_space: see :func:`eigenbasis`.
@@ -157,7 +157,9 @@ def scale_by_soap(
     Source: Vyas et al., `SOAP <https://arxiv.org/abs/2409.11321>`_, 2024.
     """
     if refresh.start_preconditioning_step is None:
-        refresh = dataclasses.replace(refresh, start_preconditioning_step=1)
+        # Not at step 1: in the basis of its one gradient all but the diagonal is
+        # rounding, and its second moment would make steps of that.
+        refresh = dataclasses.replace(refresh, start_preconditioning_step=2)
     direction = eigenbasis(
         b2,
         eps,

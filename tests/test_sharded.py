@@ -25,7 +25,7 @@ ALIASES = {"shampoo": so.scale_by_shampoo, "soap": so.scale_by_soap}
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 # Roots of factors that have seen fewer gradients than they have rows magnify rounding
 # by the condition that damping leaves them, 1e6; the first refresh comes after that.
-REFRESH, LATE = so.Refresh(5), so.Refresh(10)
+REFRESH, LATE = so.Refresh(5, 5), so.Refresh(10, 10)
 Tree = dict[str, jax.Array]
 
 
