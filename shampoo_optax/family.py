@@ -45,7 +45,7 @@ def soap(
     Equals ``optax.chain(scale_by_soap(...), add_weight_decay(...),
     optax.scale_by_learning_rate(learning_rate))``. With Nesterov's momentum
     and bases from the second step on, which needed fewer steps than either without
-    (``docs/choosing.md``). Its best learning rate is about twice AdamW's.
+    (``docs/choosing.md``). Its best learning rate is two to three times AdamW's.
 
     Args:
       learning_rate: a number or a schedule, in AdamW's unit.
