@@ -2,7 +2,7 @@
 
 On a mesh the exchange is one all-to-all each way: a stack is laid out along a side of
 its blocks in place of its rows, and then every parameter's rows are taken without any
-exchange. No device holds more than its share.
+exchange. Where no side divides by the devices, every one of them holds the whole stack.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def to_param_view(state: Any, params: optax.Params, layout: BlockLayout) -> View
     Works through ``chain``, ``partition``, ``masked``, ``MultiSteps`` and
     ``inject_hyperparams``; the places of a chain are no part of a name. On a mesh the
     arrays are spread over ``layout.block_axes``, by one all-to-all for each leaf of the
-    state, and no device holds more than its share.
+    state; an array none of whose sides they divide is whole on every device.
 
     Args:
       state: of any optimizer with this layout in it, or shapes of one.

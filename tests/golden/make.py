@@ -65,6 +65,8 @@ def main() -> None:
             params = optax.apply_updates(params, updates)
         with checkpoint.manager(where) as manager:
             checkpoint.save(manager, STEPS, params, state, LAYOUT)
+        for mark in where.rglob("commit_success.txt"):  # Orbax notes where it was made
+            mark.write_text("committed\n")
         text = json.dumps(facts(params, state), indent=1)
         (where.parent / f"{name}.json").write_text(text + "\n")
 
