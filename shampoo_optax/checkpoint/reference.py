@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from shampoo_optax.checkpoint import moves
 from shampoo_optax.checkpoint.compare import WHOLE
@@ -33,7 +32,7 @@ CORRECTED = ("shampoo", "corrected_eigenvalues")  # nu, in SOAP's bases
 def from_reference(
     arrays: Mapping[str, Mapping[str, Any]],
     state_like: Any,
-    params: optax.Params,
+    params: Any,
     layout: BlockLayout,
 ) -> Any:
     """The state of an optimizer that goes on where the reference system's is.
