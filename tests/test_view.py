@@ -11,7 +11,15 @@ import optax
 import pytest
 
 import shampoo_optax as so
-from shampoo_optax.checkpoint import abstract_view, from_param_view, to_param_view
+from shampoo_optax.checkpoint import (
+    abstract_view,
+    digest,
+    from_param_view,
+    to_param_view,
+)
+from shampoo_optax.checkpoint.digest import digests as digests_of
+from shampoo_optax.checkpoint.view import state_by, view_by
+from shampoo_optax.checkpoint.ways import way_of
 from shampoo_optax.scale_by import UNCUT
 from tests import helpers
 from tests.test_sharded import BLOCK, EXPLICIT, MODES
@@ -143,12 +151,27 @@ def test_opens_on_any_mesh(alias: Any, mode: Any) -> None:
     helpers.assert_equal(
         jax.tree.map(np.asarray, again), jax.tree.map(np.asarray, view)
     )
+    _same_through_the_host(opened, view, placed, layout)
     gradients = helpers.gradients(like, 77)
     wanted, _ = jax.jit(one.update)(gradients, state, like)
     found, _ = jax.jit(many.update)(mode.place(gradients), opened, placed)
     for name, update in wanted.items():
         scale = max(float(jnp.abs(update).max()), 1e-30)
         assert float(np.abs(np.asarray(found[name]) - update).max()) <= 5e-6 * scale
+
+
+def _same_through_the_host(
+    state: Any, view: Any, params: Any, layout: so.BlockLayout
+) -> None:
+    """What one process does without its devices is what they do."""
+    way = way_of(layout)
+    through = view_by(way.take, state, params, layout)
+    helpers.assert_equal(*(jax.tree.map(np.asarray, v) for v in (through, view)))
+    digests = jax.tree.map(lambda leaf: int(digest(leaf)), view)
+    assert jax.tree.leaves(digests) == digests_of(through)
+    back = state_by(way.give, through, state, params, layout)
+    helpers.assert_equal(*(jax.tree.map(np.asarray, s) for s in (back, state)))
+    assert not helpers.type_changes(back, state)
 
 
 @pytest.mark.parametrize("name", ["fsdp8", "hsdp"])

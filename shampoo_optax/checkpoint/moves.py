@@ -86,15 +86,15 @@ class Home:
 
 def shape_of(entry: Cut, member: Held, stack: Shape) -> Shape:
     """The shape of one parameter's part of a leaf, in its own orientation."""
-    return (len(member.rows), *_sides(entry, member, stack, own=True))
+    return (len(member.rows), *sides_of(entry, member, stack, own=True))
 
 
 def taken(entry: Cut, stack: jax.Array, home: Home) -> list[jax.Array]:
     """The members' parts of a leaf in stacks."""
     run = _taker(
         tuple(len(member.rows) for member in entry.members),
-        tuple(_sides(entry, m, stack.shape, own=False) for m in entry.members),
-        _turned(entry),
+        tuple(sides_of(entry, m, stack.shape, own=False) for m in entry.members),
+        turned(entry),
         home.off_rows(stack.shape),
         tuple(home.aside(shape_of(entry, m, stack.shape)) for m in entry.members),
     )
@@ -112,15 +112,13 @@ def given(
     for member in entry.members:
         source[member.rows] = np.arange(start, start + len(member.rows))
         start += len(member.rows)
-    eye = entry.kind == "sides" and len(stack) == 3
-    eye = eye and entry.slot.split("/")[-1].split("#")[0] in IDENTITIES
     ordered = bool((source == np.arange(live)).all()) if len(source) == live else False
     run = _giver(
         len(source) > live,
         ordered,
         tuple(stack[1:]),
-        _turned(entry),
-        eye,
+        turned(entry),
+        begins_as_identity(entry, stack),
         home.off_rows(stack),
         home.rows(),
     )
@@ -128,11 +126,19 @@ def given(
     return in_turn(run(parts, source.astype(np.int32)))
 
 
-def placed(array: jax.Array, where: Sharding | None) -> jax.Array:
+def placed(array: Any, where: Sharding | None) -> jax.Array:
     """An array where it is wanted; a traced one, or on one device, stays."""
+    if isinstance(array, np.ndarray):  # copied, so that a step may be given its memory
+        array, where = jnp.asarray(array), where or jnp.zeros(()).sharding
     if where is None or isinstance(array, jax.core.Tracer):
         return array
     return in_turn(jax.device_put(array, where))
+
+
+def begins_as_identity(entry: Cut, stack: Shape) -> bool:
+    """Whether what no block fills is an identity, and not zeros."""
+    square = entry.kind == "sides" and len(stack) == 3
+    return square and entry.slot.split("/")[-1].split("#")[0] in IDENTITIES
 
 
 def nothing(like: Any) -> np.ndarray:
@@ -145,7 +151,8 @@ def constant(value: np.ndarray | np.generic, where: Sharding | None) -> jax.Arra
     return jnp.asarray(value) if where is None else jax.device_put(value, where)
 
 
-def _sides(entry: Cut, member: Held, stack: Shape, *, own: bool) -> Shape:
+def sides_of(entry: Cut, member: Held, stack: Shape, *, own: bool) -> Shape:
+    """The sides of a member's part, in its own orientation or the stack's."""
     if entry.kind == "number":
         return tuple(stack[1:])
     if entry.kind == "sides":
@@ -154,7 +161,8 @@ def _sides(entry: Cut, member: Held, stack: Shape, *, own: bool) -> Shape:
     return member.box.whole if own else member.box.stacked
 
 
-def _turned(entry: Cut) -> tuple[bool, ...]:
+def turned(entry: Cut) -> tuple[bool, ...]:
+    """Which members lie transposed in the stack."""
     return tuple(entry.kind == "block" and m.box.turned for m in entry.members)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from shampoo_optax.checkpoint import spec as specs
@@ -45,6 +46,8 @@ def read_arrays(
     def target(said: Any, asked: Any) -> Any:
         if isinstance(said, Mapping):
             return {k: target(v, (asked or {}).get(k)) for k, v in said.items()}
+        if isinstance(asked, np.ndarray):
+            return asked
         if asked is None:  # begun anew in spite of it
             return _abstract(said, home.everywhere(len(said.shape)))
         return _abstract(asked, getattr(asked, "sharding", None))

@@ -21,11 +21,13 @@ from shampoo_optax.checkpoint.names import Names, by_name
 from shampoo_optax.checkpoint.read import read_arrays, read_spec
 from shampoo_optax.checkpoint.spec import DamagedCheckpoint
 from shampoo_optax.checkpoint.view import (
+    abstract_by,
     abstract_view,
-    from_param_view,
     home_of,
-    to_param_view,
+    state_by,
+    view_by,
 )
+from shampoo_optax.checkpoint.ways import way_of
 from shampoo_optax.layout.block_layout import BlockLayout
 
 
@@ -78,7 +80,7 @@ def items(
     Raises:
       ValueError: the state does not fit, see :func:`to_param_view`.
     """
-    view = to_param_view(state, params, layout)
+    view = view_by(way_of(layout).take, state, params, layout)
     leaves = by_name(params)
     arrays = {
         "params": {name: leaf for name, leaf in leaves.items() if leaf.size},
@@ -223,7 +225,7 @@ def _open(
     spec = read_spec(manager, step, where)
     there = specs.shapes(spec)
     params = {k: v for k, v in by_name(params_like).items() if math.prod(jnp.shape(v))}
-    view = abstract_view(state_like, params_like, layout)
+    view = abstract_by(way_of(layout).ask, state_like, params_like, layout)
     wanted = {"params": names.read(params), "optimizer": _renamed(view, names.read)}
     compare_params(names.without_fresh(there["params"]), wanted["params"])
     saved = {"parameters": {}, "shared": {}} | there["optimizer"]
@@ -236,7 +238,7 @@ def _open(
     paths, treedef = jax.tree_util.tree_flatten_with_path(params_like)
     leaves = [merged[escaped(keys_of(path))] for path, _ in paths]
     restored = jax.tree.unflatten(treedef, leaves)
-    view = {"parameters": {}, "shared": {}} | found["optimizer"]
+    view = {"parameters": {}, "shared": {}} | found.pop("optimizer")
     state = _state(view, restored, params_like, state_like, layout, names)
     return Restored(int(step), restored, state, spec["extra"])
 
@@ -249,16 +251,17 @@ def _state(
     layout: BlockLayout,
     names: Names,
 ) -> Any:
-    if names.fresh is None and not names.renamed:
-        return from_param_view(view, state_like, params, layout)
-    anew = {}
-    if names.fresh is not None:
-        anew = to_param_view(state_like, params_like, layout)["parameters"]
-    wanted = abstract_view(state_like, params_like, layout)["parameters"]
-    kept = names.back(view["parameters"], wanted)
-    begun = {name: slots for name, slots in anew.items() if names.is_fresh(name)}
-    view = {**view, "parameters": {**kept, **begun}}
-    return from_param_view(view, state_like, params, layout)
+    """The state of a view that was read, which is used up."""
+    way = way_of(layout)
+    if names.fresh is not None or names.renamed:
+        anew = {}
+        if names.fresh is not None:
+            anew = view_by(way.take, state_like, params_like, layout)["parameters"]
+        wanted = abstract_view(state_like, params_like, layout)["parameters"]
+        kept = names.back(view.pop("parameters"), wanted)
+        begun = {name: slots for name, slots in anew.items() if names.is_fresh(name)}
+        view = {**view, "parameters": {**kept, **begun}}
+    return state_by(way.give, view, state_like, params, layout)
 
 
 def _renamed(view: Mapping[str, Any], rename: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from shampoo_optax.layout.owners import Held
 from shampoo_optax.layout.plan import Shape
 
 View = dict[str, Any]
+Take = Callable[[Cut, Any], Sequence[Any]]  # a leaf in stacks to its members' parts
+Give = Callable[[Cut, Sequence[Any], Shape], Any]  # and back
 
 
 def to_param_view(state: Any, params: optax.Params, layout: BlockLayout) -> View:
@@ -58,13 +61,22 @@ def to_param_view(state: Any, params: optax.Params, layout: BlockLayout) -> View
       {'2x4': (1, 4, 4), '4x4': (2, 4, 4)}
     """
     home = home_of(layout)
-    view = _empty(home)
+
+    def take(entry: Cut, stack: Any) -> Sequence[Any]:
+        return moves.taken(entry, stack, home)
+
+    return view_by(take, state, params, layout)
+
+
+def view_by(take: Take, state: Any, params: optax.Params, layout: BlockLayout) -> View:
+    """The view, with stacks taken apart by ``take``; see :func:`to_param_view`."""
+    view = _empty(home_of(layout))
     entries = entries_of(state, params, layout)
     for entry, leaf in zip(entries, jax.tree.leaves(state), strict=True):
         if isinstance(entry, Cut):
-            for member, name, part in zip(
-                entry.members, entry.names, moves.taken(entry, leaf, home), strict=True
-            ):
+            parts = take(entry, leaf)
+            named = zip(entry.members, entry.names, parts, strict=True)
+            for member, name, part in named:
                 box = _box(member)
                 _put(view, (name, box, entry.slot_of(member)), part)
         elif leaf.size:
@@ -102,6 +114,23 @@ def from_param_view(
       >>> jax.tree.all(jax.tree.map(jnp.array_equal, state, again))
       True
     """
+    home = home_of(layout)
+    view = {**view, "parameters": _copied(view["parameters"])}
+
+    def give(entry: Cut, parts: Sequence[Any], stack: Shape) -> Any:
+        return moves.given(entry, parts, stack, home)
+
+    return state_by(give, view, state_like, params, layout)
+
+
+def state_by(
+    give: Give, view: View, state_like: Any, params: optax.Params, layout: BlockLayout
+) -> Any:
+    """The state, with stacks put together by ``give``; see :func:`from_param_view`.
+
+    Takes blocks out of ``view`` as it goes, so that there is no second state at the
+    end of it.
+    """
     compare(view, abstract_view(state_like, params, layout))
     home = home_of(layout)
     leaves, treedef = jax.tree.flatten(state_like)
@@ -110,10 +139,11 @@ def from_param_view(
     for entry, like in zip(entries, leaves, strict=True):
         if isinstance(entry, Cut):
             parts = [
-                view["parameters"][name][_box(member)][entry.slot_of(member)]
+                view["parameters"][name][_box(member)].pop(entry.slot_of(member))
                 for member, name in zip(entry.members, entry.names, strict=True)
             ]
-            stack = moves.given(entry, parts, tuple(like.shape), home)
+            stack = give(entry, parts, tuple(like.shape))
+            del parts  # before the next one is made
             made.append(moves.placed(stack, home.typed(stack.ndim)))
         else:
             where = _lies(entry, like, params, home)
@@ -139,6 +169,22 @@ def abstract_view(state_like: Any, params: optax.Params, layout: BlockLayout) ->
       (1, 3, 3)
     """
     home = home_of(layout)
+    return abstract_by(
+        lambda shape, dtype: _shape(shape, dtype, home.aside(shape)),
+        state_like,
+        params,
+        layout,
+    )
+
+
+def abstract_by(
+    leaf_of: Callable[[Shape, Any], Any],
+    state_like: Any,
+    params: optax.Params,
+    layout: BlockLayout,
+) -> View:
+    """The same with blocks as ``leaf_of`` has them; see :func:`abstract_view`."""
+    home = home_of(layout)
     view = _empty(home)
     version = view["version"]
     everywhere = home.everywhere(0)
@@ -147,8 +193,7 @@ def abstract_view(state_like: Any, params: optax.Params, layout: BlockLayout) ->
     for entry, like in zip(entries, jax.tree.leaves(state_like), strict=True):
         if isinstance(entry, Cut):
             for member, name in zip(entry.members, entry.names, strict=True):
-                shape = moves.shape_of(entry, member, like.shape)
-                leaf = _shape(shape, like.dtype, home.aside(shape))
+                leaf = leaf_of(moves.shape_of(entry, member, like.shape), like.dtype)
                 _put(view, (name, _box(member), entry.slot_of(member)), leaf)
         elif like.size:
             where = _lies(entry, like, params, home)
@@ -162,6 +207,10 @@ def home_of(layout: BlockLayout) -> moves.Home:
     if mesh is not None and not isinstance(mesh, Mesh):
         mesh = jax.sharding.get_mesh()
     return moves.Home(mesh, layout.block_axes)
+
+
+def _copied(tree: Any) -> Any:
+    return {k: _copied(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
 
 
 def _empty(home: moves.Home) -> View:
