@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_optax import _checks
-from shampoo_optax.layout.block_layout import BlockLayout
+from shampoo_optax.layout.block_layout import BlockLayout, variants
 from shampoo_optax.layout.split import split
 from shampoo_optax.linalg import modes
 from shampoo_optax.shardings import state_shardings
@@ -83,8 +82,7 @@ def from_adam(
         ``MultiSteps``, ``inject_hyperparams``. Its own hyperparameters hold.
       params: as trained so far.
       layout: that of ``tx``. With ``block_axes`` the moments go to the devices that
-        own the blocks, as gradients do. :func:`spectral_descent` narrows its layout
-        and is found by that; with ``exponents`` pass ``turn_wide_blocks=False``.
+        own the blocks, as gradients do.
 
     Returns:
       The state, in arrays of its own: ``state`` can still be used and donated.
@@ -243,14 +241,9 @@ def _tree_of(node: BlockwiseState, params: Any, layout: BlockLayout) -> Tree:
     blocked = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if _checks.name_of(path) in names else mask, params
     )
-    # The aliases narrow a layout where a direction tells rows from columns.
-    level = dataclasses.replace(layout, turn_wide_blocks=False)
-    layouts = [layout, level, dataclasses.replace(level, merge_stacks=False)]
-    if not _nodes(node.blocks, FACTORS):
-        layouts.reverse()
     stacks = next(iter(_asked(node.blocks).values()))
     wanted = {key: jnp.shape(stack) for key, stack in stacks.items()}
-    for tree in (Tree(blocked, one) for one in layouts):
+    for tree in (Tree(blocked, one) for one in variants(layout)):
         if tree.plan.stacks == wanted:
             return tree
     raise ValueError(

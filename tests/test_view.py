@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from shampoo_optax.checkpoint.view import state_by, view_by
 from shampoo_optax.checkpoint.ways import way_of
 from shampoo_optax.scale_by import UNCUT
 from tests import helpers
-from tests.test_sharded import BLOCK, EXPLICIT, MODES
+from tests.test_sharded import BLOCK, EXPLICIT, MERGED, MODES
 
 LAYOUT = so.BlockLayout(4, batch_axes=lambda name, _: int(name == "scan"))
 ALIASES = {"shampoo": so.scale_by_shampoo, "soap": so.scale_by_soap}
@@ -158,6 +159,27 @@ def test_opens_on_any_mesh(alias: Any, mode: Any) -> None:
     for name, update in wanted.items():
         scale = max(float(jnp.abs(update).max()), 1e-30)
         assert float(np.abs(np.asarray(found[name]) - update).max()) <= 5e-6 * scale
+
+
+NARROWED = {
+    "exponents": partial(so.scale_by_shampoo, exponents={2: {0: 0.5, 1: 0.25}}, b2=0.9),
+    "spectral": so.scale_by_spectral_descent,
+}
+
+
+@pytest.mark.parametrize("alias", NARROWED)
+@pytest.mark.parametrize("mode", [MODES["fsdp8"], MERGED], ids=["fsdp8", "merged"])
+def test_aliases_that_narrow_the_layout_are_found(alias: str, mode: Any) -> None:
+    make, like, alone = NARROWED[alias], mode.like(), so.BlockLayout(BLOCK)
+    _, state = helpers.run(make(layout=alone), like, 3)
+    view = to_param_view(state, like, alone)
+    layout = mode.layout()
+    many, placed = make(layout=layout), mode.place(like)
+    abstract = jax.eval_shape(many.init, placed)
+    opened = from_param_view(view, abstract, placed, layout)
+    again = to_param_view(opened, placed, layout)
+    helpers.assert_equal(*(jax.tree.map(np.asarray, v) for v in (again, view)))
+    _same_through_the_host(opened, view, placed, layout)
 
 
 def _same_through_the_host(

@@ -6,6 +6,7 @@ transformation without state (a clip) may come or go, and names stay.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ import optax
 
 from shampoo_optax import _checks
 from shampoo_optax._paths import Keys, Path, escaped, keys_of, owner_of
-from shampoo_optax.layout.block_layout import BlockLayout
+from shampoo_optax.layout.block_layout import BlockLayout, variants
 from shampoo_optax.layout.owners import Held, held
 from shampoo_optax.layout.plan import Plan, Shape
 from shampoo_optax.transforms._tree import Tree
 from shampoo_optax.transforms.blockwise import BlockwiseState
 
 Kind = Literal["sides", "block", "number"]
+MATRICES = re.compile(r"\d+(x\d+)+")  # a stack's key, whatever the plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,29 +168,37 @@ class _Reader:
         leaves = [
             leaf if keys_of(path) in cut else optax.MaskedNode() for path, leaf in paths
         ]
-        tree = Tree(jax.tree.unflatten(treedef, leaves), self.layout)
-        blocked = {i for pool in tree.plan.pools for i in pool.leaves}
-        stacks = {
-            str(_dict_key(key)): tuple(jnp.shape(leaf))[:1]
-            for path, leaf in jax.tree_util.tree_leaves_with_path(node.blocks)
-            for key in path
-            if _dict_key(key) in tree.plan.stacks
-        }
-        rows = {key: shape[:1] for key, shape in tree.plan.stacks.items()}
-        stateless = not stacks
-        if len(blocked) < len(tree.leaves) or (stacks != rows and not stateless):
-            raise ValueError(
-                f"checkpoint: the state has stacks {_listed(node.blocks)}, and "
-                f"{self.layout} makes {tree.plan.stacks} of these parameters. Pass the "
-                "layout (and the mesh) that the state was made with."
-            )
-        return tree, tree.plan
+        blocked = jax.tree.unflatten(treedef, leaves)
+        trees = [Tree(blocked, layout) for layout in variants(self.layout)]
+        for tree in trees:
+            if _fits(node, tree):
+                return tree, tree.plan
+        raise ValueError(
+            f"checkpoint: the state has stacks {_listed(node.blocks)}, and "
+            f"{self.layout} makes {trees[0].plan.stacks} of these parameters. Pass the "
+            "layout (and the mesh) that the state was made with."
+        )
 
     def _once(self, slot: str, *where: str) -> str:
         """The slot, numbered where others have its name."""
         self._seen[slot, *where] += 1
         number = self._seen[slot, *where]
         return slot if number == 1 else f"{slot}#{number}"
+
+
+def _fits(node: BlockwiseState, tree: Tree) -> bool:
+    """Whether a state's stacks, if it has any, are those of a tree's plan."""
+    plan = tree.plan
+    if len({i for pool in plan.pools for i in pool.leaves}) < len(tree.leaves):
+        return False
+    stacks = {
+        _dict_key(key): tuple(jnp.shape(leaf))[:1]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(node.blocks)
+        for key in path
+        if _dict_key(key) in plan.stacks or MATRICES.fullmatch(str(_dict_key(key)))
+    }
+    rows = {key: shape[:1] for key, shape in plan.stacks.items()}
+    return not stacks or stacks == rows
 
 
 def _is_mark(node: Any) -> bool:

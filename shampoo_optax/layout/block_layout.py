@@ -215,6 +215,16 @@ class BlockLayout:
         return dims if sum(d > 1 for d in dims) > 1 else None
 
 
+def variants(layout: BlockLayout) -> tuple[BlockLayout, ...]:
+    """A layout, and what aliases make of it where a direction tells rows from columns.
+
+    A state is of the one whose stacks it has: the others cut the same stacks only where
+    there is nothing to turn and nothing to merge.
+    """
+    level = dataclasses.replace(layout, turn_wide_blocks=False)
+    return layout, level, dataclasses.replace(level, merge_stacks=False)
+
+
 def in_words(layout: BlockLayout) -> list[str]:
     """What happens to which parameters, a line for each kind.
 
