@@ -35,6 +35,7 @@ from shampoo_optax.transforms.graft import graft as graft
 from shampoo_optax.transforms.kronecker import KroneckerState as KroneckerState
 from shampoo_optax.transforms.kronecker import kronecker as kronecker
 from shampoo_optax.transforms.refresh import Refresh as Refresh
+from shampoo_optax.transforms.renewal import refresh_now as refresh_now
 from shampoo_optax.transforms.spectral import sign as sign
 from shampoo_optax.transforms.spectral import spectral as spectral
 from shampoo_optax.transforms.weight_decay import add_weight_decay as add_weight_decay

@@ -100,7 +100,7 @@ def test_the_core_imports_jax_and_optax_only(module: str) -> None:
     allowed = {"jax", "optax"}
     if module.startswith("shampoo_optax.linalg."):
         allowed = {"jax"}
-    on_host = ("host", "digest", "moves", "read", "reference")
+    on_host = ("host", "digest", "moves", "read", "reblock", "reference")
     if module in {f"shampoo_optax.checkpoint.{name}" for name in on_host}:
         allowed = {"jax", "numpy"}  # JAX's own dependency: arrays of one process
     if module == "shampoo_optax.layout.owners":

@@ -18,6 +18,12 @@ def compare_params(found: View, wanted: View) -> None:
         _same_leaf(f"parameter '{name}'", found[name], leaf)
 
 
+def compare_names(found: View, wanted: View) -> None:
+    """Raise unless a view is of the method and the parameters that are wanted."""
+    _same_method(found, wanted)
+    _same_names("parameter", found["parameters"], wanted["parameters"], RENAMED)
+
+
 def compare(found: View, wanted: View) -> None:
     """Raise unless a view has the parameters, slots, shapes and dtypes that are wanted.
 
@@ -29,8 +35,7 @@ def compare(found: View, wanted: View) -> None:
       ValueError: naming the first leaf that differs, what is there, what is wanted, and
         what to do.
     """
-    _same_method(found, wanted)
-    _same_names("parameter", found["parameters"], wanted["parameters"], RENAMED)
+    compare_names(found, wanted)
     for name, blocks in wanted["parameters"].items():
         _same_blocks(name, found["parameters"][name], blocks)
         there = found["parameters"][name]
@@ -74,7 +79,8 @@ def _same_blocks(name: str, found: View, wanted: View) -> None:
         raise ValueError(
             f"checkpoint: parameter '{name}' is there in blocks of {_some(found)}, and "
             f"the layout cuts it into {_some(wanted)}. Pass the "
-            "max_preconditioner_dim (and the rules) that it was saved with."
+            "max_preconditioner_dim (and the rules) that it was saved with, or cut it "
+            "anew: restore(..., reblock=tx)."
         )
 
 
@@ -94,7 +100,7 @@ def _same_leaf(name: str, found: Any, wanted: Any) -> None:
 
 
 def _same_method(found: View, wanted: View) -> None:
-    here, there = _methods(wanted), _methods(found)
+    here, there = methods(wanted), methods(found)
     if here and there and not here & there:
         kept, asked = (" and ".join(METHODS[m] for m in ms) for ms in (there, here))
         raise ValueError(
@@ -104,10 +110,11 @@ def _same_method(found: View, wanted: View) -> None:
         )
 
 
-def _methods(view: View) -> set[str]:
+def methods(view: View) -> set[str]:
+    """What a view holds of :data:`METHODS`; empty where neither."""
     fields = {
         field
-        for blocks in view["parameters"].values()
+        for blocks in view.get("parameters", {}).values()
         for slots in blocks.values()
         for slot in slots
         for field in slot.split("/")

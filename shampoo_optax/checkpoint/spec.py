@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import zlib
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from shampoo_optax.checkpoint import moves
+from shampoo_optax.checkpoint.compare import methods
 from shampoo_optax.checkpoint.digest import digests
 from shampoo_optax.layout.block_layout import BlockLayout
 
@@ -55,10 +58,44 @@ def spec_of(arrays: dict[str, Any], layout: BlockLayout, extra: Any) -> Spec:
             name: _version(name) for name in ("jax", "optax", "shampoo-optax")
         },
         "layout": rules,
+        "method": sorted(methods(arrays["optimizer"])),
         "arrays": jax.tree.unflatten(treedef, said),
         "extra": extra,
     }
     return {**spec, "checksum": _checksum(spec)}
+
+
+def on_one_device(layout: BlockLayout) -> BlockLayout:
+    """The same blocks without a mesh."""
+    return dataclasses.replace(layout, mesh=None, block_axes=(), param_specs=None)
+
+
+def saved_layout(spec: Spec, layout: BlockLayout, where: str) -> BlockLayout | None:
+    """The layout that a step was saved with, on one device; None where it is this one.
+
+    Args:
+      spec: of the step.
+      layout: what gives the rest: rules that are functions are in no file.
+      where: the step is.
+
+    Raises:
+      DamagedCheckpoint: a rule is none of a layout's.
+    """
+    words = {"inf": math.inf, "None": None, "True": True, "False": False}
+    rules = {rule: str(getattr(layout, rule)) for rule in RULES}
+    if spec.get("layout") == rules:
+        return None
+    try:
+        said = {rule: spec["layout"][rule] for rule in RULES}
+        read: dict[str, Any] = {
+            k: words[v] if v in words else int(v) for k, v in said.items()
+        }
+        return dataclasses.replace(on_one_device(layout), **read)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(
+            f"checkpoint: {where} says that its layout was {spec.get('layout')!r}; "
+            f"wanted values of {', '.join(RULES)}. Restore another step."
+        ) from error
 
 
 def check(spec: Any, where: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +15,18 @@ import optax
 import orbax.checkpoint as ocp
 
 from shampoo_optax._paths import escaped, keys_of
+from shampoo_optax.checkpoint import host
 from shampoo_optax.checkpoint import spec as specs
-from shampoo_optax.checkpoint.compare import compare, compare_params
+from shampoo_optax.checkpoint.compare import (
+    WHOLE,
+    compare,
+    compare_names,
+    compare_params,
+)
 from shampoo_optax.checkpoint.moves import constant, nothing
 from shampoo_optax.checkpoint.names import Names, by_name
 from shampoo_optax.checkpoint.read import read_arrays, read_spec
+from shampoo_optax.checkpoint.reblock import recut
 from shampoo_optax.checkpoint.spec import DamagedCheckpoint
 from shampoo_optax.checkpoint.view import (
     abstract_by,
@@ -27,8 +35,9 @@ from shampoo_optax.checkpoint.view import (
     state_by,
     view_by,
 )
-from shampoo_optax.checkpoint.ways import way_of
+from shampoo_optax.checkpoint.ways import Way, way_of
 from shampoo_optax.layout.block_layout import BlockLayout
+from shampoo_optax.transforms.renewal import refresh_now
 
 
 class Restored(NamedTuple):
@@ -136,6 +145,7 @@ def restore(
     step: int | None = None,
     fresh: str | None = None,
     renamed: Mapping[str, str] | None = None,
+    reblock: optax.GradientTransformationExtraArgs | None = None,
 ) -> Restored:
     """Open a checkpoint on this mesh, whatever mesh it was saved on.
 
@@ -152,6 +162,11 @@ def restore(
         not read but taken from ``params_like`` and ``state_like``, which hold arrays
         then. For new layers, or a new head.
       renamed: ``{new path: old path}`` of parameters, or of whatever they begin with.
+      reblock: the optimizer that goes on, where its blocks are others than those that
+        were saved. Moments are cut anew, factors as far as the old ones tell (see
+        docs/checkpoints.md), and all roots computed anew with
+        :func:`shampoo_optax.refresh_now`. Blocks of one layout have to nest in those of
+        the other; a second moment in an eigenbasis (SOAP) cannot be cut.
 
     Returns:
       The step, the parameters, the state, and the extra that was saved.
@@ -173,7 +188,7 @@ def restore(
     like = params_like, state_like, layout
     for candidate in known if step is None else [step]:
         try:
-            return _open(manager, candidate, *like, names)
+            return _open(manager, candidate, *like, names, reblock)
         except DamagedCheckpoint as damage:
             if step is not None or candidate == known[-1]:
                 raise
@@ -220,6 +235,7 @@ def _open(
     state_like: Any,
     layout: BlockLayout,
     names: Names,
+    reblock: optax.GradientTransformationExtraArgs | None = None,
 ) -> Restored:
     where = f"step {step} of {manager.directory}"
     spec = read_spec(manager, step, where)
@@ -229,7 +245,13 @@ def _open(
     wanted = {"params": names.read(params), "optimizer": _renamed(view, names.read)}
     compare_params(names.without_fresh(there["params"]), wanted["params"])
     saved = {"parameters": {}, "shared": {}} | there["optimizer"]
-    compare(_renamed(saved, names.without_fresh), wanted["optimizer"])
+    saved = _renamed(saved, names.without_fresh)
+    old = None if reblock is None else specs.saved_layout(spec, layout, where)
+    if old is None:
+        compare(saved, wanted["optimizer"])
+    else:
+        compare_names(saved, wanted["optimizer"])
+        wanted["optimizer"] = _as_saved(wanted["optimizer"], saved)
     home = home_of(layout)
     found = read_arrays(manager, step, there, wanted, home, where)
     specs.check_digests(spec, found, where)
@@ -239,7 +261,10 @@ def _open(
     leaves = [merged[escaped(keys_of(path))] for path, _ in paths]
     restored = jax.tree.unflatten(treedef, leaves)
     view = {"parameters": {}, "shared": {}} | found.pop("optimizer")
-    state = _state(view, restored, params_like, state_like, layout, names)
+    cut = None if old is None else partial(recut, old=old, params=params_like)
+    state = _state(view, restored, params_like, state_like, layout, names, cut)
+    if reblock is not None and cut is not None:
+        state = refresh_now(reblock, state, restored)
     return Restored(int(step), restored, state, spec["extra"])
 
 
@@ -250,18 +275,36 @@ def _state(
     state_like: Any,
     layout: BlockLayout,
     names: Names,
+    cut: Callable[..., Any] | None,
 ) -> Any:
     """The state of a view that was read, which is used up."""
     way = way_of(layout)
-    if names.fresh is not None or names.renamed:
+    if names.fresh is not None or names.renamed or cut is not None:
         anew = {}
         if names.fresh is not None:
             anew = view_by(way.take, state_like, params_like, layout)["parameters"]
         wanted = abstract_view(state_like, params_like, layout)["parameters"]
         kept = names.back(view.pop("parameters"), wanted)
+        if cut is not None:
+            way = Way(way.take, host.given, way.ask)
+            kept = cut(kept, new=specs.on_one_device(layout))
         begun = {name: slots for name, slots in anew.items() if names.is_fresh(name)}
         view = {**view, "parameters": {**kept, **begun}}
     return state_by(way.give, view, state_like, params, layout)
+
+
+def _as_saved(wanted: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """What is to be read of a view in other blocks: blocks to the host."""
+    parameters = {
+        name: {
+            block: wanted["parameters"][name].get(WHOLE, slots)
+            if block == WHOLE
+            else {slot: host.unread(x.shape, x.dtype) for slot, x in slots.items()}
+            for block, slots in blocks.items()
+        }
+        for name, blocks in saved["parameters"].items()
+    }
+    return {**wanted, "parameters": parameters}
 
 
 def _renamed(view: Mapping[str, Any], rename: Any) -> dict[str, Any]:

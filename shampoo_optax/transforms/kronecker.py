@@ -155,15 +155,16 @@ def kronecker(
         *,
         raw_gradient: Stacks | None = None,
         sizes: Matrices | None = None,
+        refresh_only: bool = False,
         **extra: Any,
     ) -> tuple[Stacks, KroneckerState]:
-        del params, extra
         gradients = updates if raw_gradient is None else raw_gradient
-        count = optax.safe_increment(state.count)
-        seen = gradients, state.factors, state.roots, sizes
-        measure = partial(measured.measure, *seen)
+        count, seen = state.count, (gradients, state.factors, state.roots, sizes)
+        measure: Callable[[], Matrices] = partial(dict, state.factors)
+        if not refresh_only:  # see refresh_now
+            count = optax.safe_increment(count)
+            measure = partial(measured.measure, *seen)
         factors, samples = refresh.measured(count, measure, state.factors)
-
         powers = {key: table.of(stack) for key, stack in updates.items()}
 
         def solve(share: Share, old: Refreshed) -> Refreshed:
@@ -173,7 +174,7 @@ def kronecker(
             return measured.target(batch, samples, eps)
 
         old = state.roots, state.failures, state.bases
-        new = refreshed(refresh, count, solve, old)
+        new = refreshed(refresh, count, solve, old, at_once=refresh_only)
         updates = {key: _apply(x, new[0][key]) for key, x in updates.items()}
         return updates, KroneckerState(count, factors, *new)
 
