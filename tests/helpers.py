@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +25,13 @@ def gradients(tree: Any, step: int = 0, scale: float = 1.0) -> Any:
         for x, leaf in zip(drawn, leaves, strict=True)
     ]
     return jax.tree.unflatten(treedef, arrays)
+
+
+def record(name: str, result: str) -> None:
+    """Note what a test found, for a table in the docs; ``make soak`` asks for it."""
+    if where := os.environ.get("SHAMPOO_OPTAX_RESULTS"):
+        with Path(where).open("a") as file:
+            file.write(json.dumps({"name": name, "result": result}) + "\n")
 
 
 def parameters(dtype: Any = jnp.float32) -> dict[str, jax.Array]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,8 @@ import shampoo_optax as so
 from shampoo_optax import checkpoint
 from tests import helpers
 from tests.test_sharded import BLOCK, MODES
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # Orbax reads arrays side by side, and drops the others when one is broken.
 pytestmark = pytest.mark.filterwarnings(
@@ -153,6 +157,7 @@ def test_walk_over_meshes_is_bitwise(alias: Any, tmp_path: Path) -> None:
             at, found.params, found.state, range(2 + 2 * number, 4 + 2 * number)
         )
     helpers.assert_equal(*(jax.tree.map(np.asarray, w[0]) for w in (walked, straight)))
+    helpers.record("walk", f"{alias.__name__.removeprefix('scale_by_')} bitwise")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -196,6 +201,8 @@ def test_a_flipped_bit_is_found(whole: Any, tmp_path: Path) -> None:
         fell_back += _outcome(copy, wanted) == 3
         shutil.rmtree(copy)
     assert fell_back > FLIPS // 3
+    quiet = FLIPS - fell_back
+    helpers.record("flip", f"{FLIPS} of {FLIPS}: {fell_back} found, {quiet} harmless")
 
 
 def _truncated(file: Path) -> None:
@@ -220,6 +227,7 @@ def test_a_broken_file_is_found(damage: str, whole: Any, tmp_path: Path) -> None
         DAMAGES[damage](_files(copy / "4")[i])
         _outcome(copy, wanted)
         shutil.rmtree(copy)
+    helpers.record("damage", damage)
 
 
 @pytest.mark.parametrize("item", ["params", "optimizer", "spec"])
@@ -355,6 +363,35 @@ def test_hostile_checkpoints_are_refused(
         _open(run)
     after = {path for path in tmp_path.rglob("*") if run not in path.parents}
     assert before == after
+    helpers.record("hostile", case)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_hostile_checkpoints_take_little_memory() -> None:
+    """All of them in one process of its own, beside what a sound one takes."""
+    code = """
+import re, tempfile
+from pathlib import Path
+from tests import test_checkpoint as test
+
+def peak():  # in MB; what getrusage says begins with the peak of the parent
+    said = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\\s*(\\d+)", said)[1]) / 1e3
+
+with tempfile.TemporaryDirectory() as folder:
+    test._saved(Path(folder) / "sound")
+    test._open(Path(folder) / "sound")
+    before = peak()
+    for case in test.HOSTILE:
+        test.test_hostile_checkpoints_are_refused(case, True, Path(folder) / case)
+    print("more", peak() - before)
+"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    more = float(run.stdout.split("more")[-1])
+    assert more <= 200
+    helpers.record("memory", f"{more:.0f} MB")
 
 
 # Without a target it asks where arrays lay.

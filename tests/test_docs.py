@@ -10,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import checkpoints_table
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
@@ -57,3 +59,8 @@ def test_checkpoints() -> None:
         exec(compile(program, heading, "exec"), names)
     assert names["found"].step == names["step"] == 100
     assert names["found"].params["w"].sharding.spec[0] == "fsdp"
+
+
+def test_the_table_of_checkpoints_is_what_was_measured() -> None:
+    page = (DOCS / "checkpoints.md").read_text()
+    assert checkpoints_table.filled(page, checkpoints_table.table()) == page

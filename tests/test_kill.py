@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from tests import helpers
 from tests.resumable import EVERY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,3 +69,4 @@ def test_kill_and_resume_is_bitwise(tmp_path: Path) -> None:
     first, found = _ends(_start(tmp_path / "killed", steps, 8, tmp_path / "cache"))
     assert first > 0
     assert found == wanted
+    helpers.record("kill", f"{killed} of {KILLS} bitwise")

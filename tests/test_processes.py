@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from shampoo_optax import checkpoint
-from tests import processes
+from tests import helpers, processes
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 60  # a pair that takes longer hangs
@@ -85,6 +85,7 @@ def test_two_processes_are_one_device(tmp_path: Path) -> None:
     gradients = processes.fsdp_gradients()[0]
     updates, _ = one.update(gradients, found.state, found.params)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(updates))
+    helpers.record("processes", "opened by both, and by one device of one process")
 
 
 @pytest.fixture(scope="module")
