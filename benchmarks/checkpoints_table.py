@@ -22,8 +22,8 @@ ROWS = {
     ),
     "walk": ("walk 8 → 4 → 1 → 8 → 2, deterministic", "tests/test_checkpoint.py"),
     "mesh": (
-        "one device's state on 2, 3, 5, 8 devices, FSDP, ZeRO-1, HSDP, tensor-parallel: "
-        "the view bitwise, the next step within",
+        "one device's state on 2, 3, 5, 8 devices, FSDP, ZeRO-1, HSDP, "
+        "tensor-parallel: the view bitwise, the next step within",
         "tests/test_view.py",
     ),
     "flip": (
@@ -63,8 +63,8 @@ def table(results: Path = RESULTS) -> str:
         ours, orbax = times["ours"][key], times["orbax"][key]
         unit = "of the state" if key == "peak_over_state" else "s"
         rows.append(
-            f"| {label}, {size:.2f} GB | {ours:.2f} {unit}, Orbax's own of the raw trees "
-            f"{orbax:.2f}: {ours / orbax:.2f}x | `benchmarks/checkpoints.py` |"
+            f"| {label}, {size:.2f} GB | {ours:.2f} {unit}, Orbax's own of the raw "
+            f"trees {orbax:.2f}: {ours / orbax:.2f}x | `benchmarks/checkpoints.py` |"
         )
     return "\n".join(rows) + "\n"
 
