@@ -71,7 +71,8 @@ def from_adam(
 
     This holds where the numbers agree, which states do not tell: ``b1``, the
     magnitude's ``b2`` and ``eps`` (``grafting.adam(b2, eps)``), the schedule and the
-    weight decay. With ``grafting=None`` Shampoo has a length of its own.
+    weight decay. With ``grafting=None`` Shampoo has a length of its own. What
+    ``optax.MultiSteps`` has accumulated of an unfinished step is left out.
 
     Args:
       state: of ``optax.adam`` or ``adamw``, inside any chain or wrapper. From
