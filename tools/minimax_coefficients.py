@@ -66,7 +66,12 @@ def quadratic(p: int, low: float, high: float) -> Step:
     )
     a, b, c, _ = found.x
     rounded = np.float32([a, b / high, c / high**2])
-    return tuple(float(x) for x in rounded)
+    return tuple(float(digits(x)) for x in rounded)
+
+
+def digits(x: float) -> str:
+    """As many as give a float32 back."""
+    return f"{x:.9g}"
 
 
 def push(step: Step, t: np.ndarray, p: int) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +83,7 @@ def push(step: Step, t: np.ndarray, p: int) -> tuple[np.ndarray, np.ndarray]:
 
 def design(p: int, low: float, cushion: float) -> tuple[list[Step], float, float]:
     """Steps until the root is within the tolerance; their residual and its error."""
-    start = grid(low, TOP, 20000)
+    start = grid(low, TOP, 100_000)
     t, root = start, np.ones_like(start)
     steps: list[Step] = []
     while True:
@@ -138,7 +143,6 @@ def source() -> str:
                 f"            {above(error)},",
                 "            (",
             ]
-            # Nine digits give a float32 back.
             lines += [
                 f"                ({a:.9g}, {b:.9g}, {c:.9g})," for a, b, c in steps
             ]
