@@ -13,9 +13,8 @@ Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 # Thin products with A^4, each worth four steps of a power method: first of that, then
 # of Chebyshev's, from a few columns, of which one may have little of the eigenvector.
-# For spectra even in the logarithm (256 to 1024 eigenvalues over one to nine decades)
-# the estimate is 1e-3 too low at most in the median and 5e-3 at worst; from one column
-# 2e-2, and by nine steps of the power method alone 4e-2.
+# The estimate of spread spectra is then 1e-3 too low in the median and 1e-2 at worst
+# (tests/test_minimax.py), from one column twice to four times that.
 POWER_STEPS, CHEBYSHEV_STEPS, COLUMNS = 4, 5, 8
 # For the rounding of the bound; TOP in tools/minimax_coefficients.py is above this.
 MARGIN = 1.01
