@@ -25,7 +25,7 @@ from shampoo_optax.linalg import roots
 P, EPS_REL = 4, 1e-6
 METHODS: dict[str, Any] = {
     "minimax": roots.Minimax(),
-    "minimax, double first step": roots.Minimax(double_first_step=True),
+    "minimax, as on a TPU": roots.Minimax(double_first_step=False),
     "eigh float64": roots.Eigh(),
     "eigh float32": roots.Eigh(double_precision=False),
     "coupled Newton": roots.CoupledNewton(tolerance=1e-3),

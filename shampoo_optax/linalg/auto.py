@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import jax
 from jax import lax
@@ -19,20 +18,17 @@ from shampoo_optax.linalg.scaling import Damping
 class Auto:
     """Roots by eigendecomposition on a CPU, minimax quadratics elsewhere; the default.
 
-    Equals ``cpu``, ``gpu`` or ``tpu``, by the platform that the program is compiled
-    for, which need not be that of the process; a lowered program holds that one only.
-    Where the one for an accelerator does not take a root, ``cpu`` takes its place. The
-    size of a matrix does not matter: of small ones no method was measured on a GPU.
+    Equals ``cpu`` or ``accelerator``, by the platform that the program is compiled for,
+    which need not be that of the process; a lowered program holds that one only. Where
+    ``accelerator`` does not take a root, ``cpu`` takes its place. The size of a matrix
+    does not matter: of small ones no method was measured on a GPU.
 
     Minimax roots want damping of ``smallest_eps_rel`` and more, by default 1e-6 of the
     largest eigenvalue. With less (``eps_rel=0``), choose :class:`Eigh`.
 
     Args:
       cpu: the method on CPUs.
-      gpu: the method on GPUs. By default two products in thirty are in float64, which
-        data centre GPUs do at least at half the speed of float32; others do not:
-        ``Minimax()``.
-      tpu: the method on TPUs.
+      accelerator: the method on GPUs and TPUs.
 
     Example:
       >>> method, matrix = Auto(), jax.numpy.eye(2)
@@ -45,8 +41,7 @@ class Auto:
     """
 
     cpu: RootMethod = field(default_factory=Eigh)
-    gpu: RootMethod = field(default_factory=partial(Minimax, double_first_step=True))
-    tpu: RootMethod = field(default_factory=Minimax)
+    accelerator: RootMethod = field(default_factory=Minimax)
 
     @property
     def max_residual(self) -> float:
@@ -61,7 +56,6 @@ class Auto:
         self, matrices: jax.Array, damping: Damping, p: float, *, unit: jax.Array
     ) -> Solution:
         """See :class:`RootMethod`."""
-        methods = self.cpu, *(self._or_cpu(m, p) for m in (self.gpu, self.tpu))
 
         def by(method: RootMethod) -> Callable[..., Solution]:
             def solve(
@@ -72,15 +66,11 @@ class Auto:
 
             return solve
 
-        if len(set(methods)) == 1:
-            return by(self.cpu)(matrices, damping, unit)
-        cpu, gpu, tpu = map(by, methods)
         arguments = matrices, damping, unit
-        return lax.platform_dependent(*arguments, cpu=cpu, tpu=tpu, default=gpu)
-
-    def _or_cpu(self, method: RootMethod, p: float) -> RootMethod:
         try:
-            method.check(p)
+            self.accelerator.check(p)
         except ValueError:
-            return self.cpu
-        return method
+            return by(self.cpu)(*arguments)
+        return lax.platform_dependent(
+            *arguments, cpu=by(self.cpu), default=by(self.accelerator)
+        )
