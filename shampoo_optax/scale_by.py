@@ -37,7 +37,7 @@ def scale_by_shampoo(
     b3: ArrayLike | None = None,
     layout: BlockLayout = BlockLayout(),
     refresh: Refresh = Refresh(),
-    root: roots.RootMethod = roots.Eigh(),
+    root: roots.RootMethod = roots.Auto(),
     grafting: optax.GradientTransformation | None = magnitudes.adam(),
     graft_scope: Scope = "block",
     exponents: Exponents | None = None,

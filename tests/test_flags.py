@@ -37,6 +37,7 @@ OPTIMIZERS = {
         root=so.roots.CoupledHigherOrder(),
         grafting=so.grafting.rmsprop(),
     ),
+    "minimax": lambda: so.scale_by_shampoo(refresh=REFRESH, root=so.roots.Minimax()),
     "single_precision": lambda: so.scale_by_shampoo(
         refresh=REFRESH,
         root=so.roots.Eigh(

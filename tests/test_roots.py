@@ -12,6 +12,7 @@ from shampoo_optax.linalg import roots
 from shampoo_optax.linalg.scaling import Damping, largest_eigenvalue, prescale, unscale
 
 METHODS: dict[str, Any] = {
+    "auto": roots.Auto(),
     "eigh": roots.Eigh(),
     "eigh_float32": roots.Eigh(double_precision=False),
     "eigh_shift": roots.Eigh(shift=True),
@@ -21,7 +22,7 @@ METHODS: dict[str, Any] = {
 }
 # Relative to the largest entry of the root, at a condition number of 1e3: float64
 # inside leaves the rounding of the result, float32 loses up to the condition number.
-ACCURACY = {"eigh": 1e-6, "eigh_shift": 1e-6}
+ACCURACY = {"auto": 1e-6, "eigh": 1e-6, "eigh_shift": 1e-6}
 ROOTS = [1, 2, 4, 8]
 EPS = float(np.finfo(np.float32).eps)
 
@@ -167,7 +168,7 @@ def test_every_method_damps_by_the_larger_of_the_two(name: str) -> None:
         matrix = _spd(8, 1e4, seed) * 3.0
         largest = np.linalg.eigvalsh(matrix.astype(np.float64))[-1]
         # By the eigenvalue itself, or by an estimate that may be a tenth too low.
-        lowest = (1.0 if "eigh" in name else 0.9) * largest
+        lowest = (1.0 if name == "auto" or "eigh" in name else 0.9) * largest
         for eps, low, high in [(1e-9, 0.1 * lowest, 0.1 * largest), (2.0, 2.0, 2.0)]:
             found = _solve(METHODS[name], matrix, 1, eps=eps, eps_rel=0.1)
             ridge = _power(found.root, -1.0) - matrix.astype(np.float64)

@@ -30,7 +30,7 @@ class PseudoInverse:
 
 @dataclass(frozen=True)
 class Eigh:
-    """Roots by eigendecomposition: exact, any real ``p``; the default.
+    """Roots by eigendecomposition: exact, any real ``p``; the default on CPUs.
 
     Equals ``V diag((max(w, 0) + delta)^(-1/p)) V^T``.
 

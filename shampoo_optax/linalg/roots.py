@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from shampoo_optax.linalg.auto import Auto as Auto
 from shampoo_optax.linalg.coupled_roots import CoupledHigherOrder as CoupledHigherOrder
 from shampoo_optax.linalg.coupled_roots import CoupledNewton as CoupledNewton
 from shampoo_optax.linalg.eigh import Eigh as Eigh
@@ -20,6 +21,7 @@ from shampoo_optax.linalg.eigh import PseudoInverse as PseudoInverse
 from shampoo_optax.linalg.eigh import from_basis as from_basis
 from shampoo_optax.linalg.method import RootMethod as RootMethod
 from shampoo_optax.linalg.method import Solution as Solution
+from shampoo_optax.linalg.minimax import Minimax as Minimax
 from shampoo_optax.linalg.scaling import Damping, prescale, unscale
 
 

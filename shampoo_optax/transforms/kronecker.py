@@ -40,7 +40,7 @@ def kronecker(
     eps: ArrayLike = 1e-30,
     eps_rel: ArrayLike = 1e-6,
     *,
-    root: roots.RootMethod = roots.Eigh(),
+    root: roots.RootMethod = roots.Auto(),
     refresh: Refresh = Refresh(),
     exponents: Exponents | None = None,
     largest_factor: int | float = math.inf,
@@ -77,7 +77,7 @@ def kronecker(
       eps: absolute damping, in units of squared gradients. Meta's ``epsilon`` with
         ``eps_rel=0``.
       eps_rel: damping relative to the largest eigenvalue.
-      root: how inverse roots are computed.
+      root: how inverse roots are computed; by default as suits the platform.
       refresh: when they are computed.
       exponents: by the order of a block, the exponent of its roots (for all
         dimensions, or by dimension) in place of ``1 / (2 * order)``; 0 leaves a
@@ -94,7 +94,8 @@ def kronecker(
         ``"kl_reference"`` is Meta's reading: no division, the usual exponents.
       basis: where roots are made of a cached eigenbasis, how it is refreshed, for
         example ``bases.QR()`` (Meta's eigendecomposed form); ``root`` is then an
-        :class:`roots.Eigh`, which says what the eigenvalues become.
+        :class:`roots.Eigh` (or an :class:`roots.Auto` with one for CPUs), which says
+        what the eigenvalues become.
 
     Returns:
       The transformation.
@@ -197,7 +198,8 @@ def _solver(
             return found.root, found.accepted, None
 
         return direct
-    if not isinstance(root, roots.Eigh):
+    values = root.cpu if isinstance(root, roots.Auto) else root
+    if not isinstance(values, roots.Eigh):
         raise ValueError(
             f"kronecker(basis={basis!r}, root={root!r}): a root is made of a basis by "
             "roots.Eigh(...) only, which says what the eigenvalues become."
@@ -207,7 +209,7 @@ def _solver(
         assert old is not None  # init made one, since there is a method
         new = bases.new_basis(basis, batch, old, ridge=eps)
         made = roots.from_basis(
-            root, new.vectors, new.values, 1.0 / power, eps=eps, eps_rel=eps_rel
+            values, new.vectors, new.values, 1.0 / power, eps=eps, eps_rel=eps_rel
         )
         return made, new.accepted, new.vectors
 
