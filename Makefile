@@ -30,6 +30,7 @@ lint: $(VENV)/.test ## formatting, lint, types
 
 bench: $(VENV)/.bench ## measure compile and step cost beside the peers
 	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.compile $(ARGS)
+	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.roots $(ARGS)
 	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.step $(ARGS)
 	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.run_once $(ARGS)
 	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.staggered $(ARGS)

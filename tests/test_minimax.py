@@ -324,6 +324,9 @@ def test_factors_of_models(name: str) -> None:
     for matrix in _factors(name):
         for p in (2, 4):
             _check(SINGLE, matrix, p, 1e-6, (matrix.shape, p))
+        errors = _check(roots.Minimax(), matrix, 4, 1e-6, matrix.shape)
+        assert errors.root <= BARS.root, (matrix.shape, errors)
+        assert errors.direction <= BARS.direction, (matrix.shape, errors)
 
 
 # --- what may be used, and what not --------------------------------------------------

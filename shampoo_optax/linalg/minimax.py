@@ -47,9 +47,9 @@ class Minimax:
         it are damped as if they were there, and where there are many of those the
         residual tells, and the root is refused.
       precision: of the products: ``"highest"`` (float32), or on a GPU or TPU
-        ``"bf16x6"``, ``"bf16x3"``, ``"tf32x3"``: sums of three or six products in
-        fewer bits. With three, relative damping below 1e-4 costs a percent of the
-        direction. On a CPU all are float32.
+        ``"bf16x6"``, ``"bf16x3"``, and on a GPU ``"tf32x3"``: sums of three or six
+        products in fewer bits. With three, relative damping below 1e-4 costs a percent
+        of the direction. On a CPU all are float32.
       double_first_step: compute two products of the first step in float64. All but a
         hundredth of the rounding arises there. None, the default, does so everywhere
         but on TPUs, which have no float64; False is for GPUs where it is slow (data
