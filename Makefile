@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=4294967296 \
   MALLOC_TRIM_THRESHOLD_=4294967296
 
-.PHONY: train digits test lint bench convergence pods soak clean
+.PHONY: train digits test lint bench bench-gpu convergence pods soak clean
 
 train: $(VENV)/.examples ## train a transformer with AdamW and Shampoo side by side
 	$(KEEP_MEMORY) $(BIN)/python -m examples.train_lm $(ARGS)
@@ -34,6 +34,11 @@ bench: $(VENV)/.bench ## measure compile and step cost beside the peers
 	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.step $(ARGS)
 	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.run_once $(ARGS)
 	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.staggered $(ARGS)
+
+# One CUDA device or TPU, in under ten minutes; JAX for it has to be in the environment:
+# .venv/bin/python -m pip install 'jax[cuda12]'
+bench-gpu: $(VENV)/.bench ## roots, the step and a training step on one accelerator
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 pods: $(VENV)/.test $(VENV)/libtpu ## compile the update for TPU pods, without one
 	PYTHONPATH=$(VENV)/libtpu $(BIN)/python -m benchmarks.pods $(ARGS)

@@ -62,6 +62,23 @@ def transformer(layers: int = 6, width: int = 384, vocabulary: int = 256) -> Tre
     return _arrays(model)
 
 
+def llama(
+    layers: int = 16, width: int = 2048, hidden: int = 5632, vocabulary: int = 32000
+) -> Tree:
+    """A Llama-like model: attention, gated MLPs, embedding and head; 953 million."""
+    layer: dict[str, Shape] = {
+        **{name: (width, width) for name in ("query", "key", "value", "out")},
+        "gate": (width, hidden),
+        "up": (width, hidden),
+        "down": (hidden, width),
+        "norm1": (width,),
+        "norm2": (width,),
+    }
+    model: dict[str, Any] = {f"layer{i}": layer for i in range(layers)}
+    ends = {"token": (vocabulary, width), "head": (width, vocabulary)}
+    return _arrays({**model, **ends, "norm": (width,)})
+
+
 def small(each: int = 100) -> Tree:
     """Many small matrices: ``each`` of 32x32 and of 64x16."""
     square = {f"a{i:03}": (32, 32) for i in range(each)}

@@ -1,0 +1,209 @@
+"""One accelerator, in under ten minutes: roots, the optimizer's step, a training step.
+
+- roots: batched eigendecompositions against minimax quadratics, in each precision, and
+  coupled Newton, of as many matrices as make 64 MB;
+- step: `update` on one eighth of the blocks of a Llama-like model of 953 million
+  parameters, blocks of 1024: a device's share among eight, with frequency 1, and 10
+  staggered, beside AdamW on as many parameters;
+- training: a GPT of 124 million parameters on 64 x 1024 tokens in bfloat16, with AdamW
+  and with Shampoo at frequency 10.
+
+Programs run in batches with one wait at the end of each, so the host is not measured;
+medians of the batches, after two of warm-up. `--quick` runs it all on a CPU, tiny.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import shampoo_optax as so
+from benchmarks import common, gpt, shapes
+from shampoo_optax.linalg import roots
+
+METHODS: dict[str, Any] = {
+    "eigh float64": roots.Eigh(),
+    "eigh float32": roots.Eigh(double_precision=False),
+    "minimax": roots.Minimax(),
+    "minimax, all float32": roots.Minimax(double_first_step=False),
+    "minimax bf16x3": roots.Minimax(precision="bf16x3"),
+    "minimax tf32x3": roots.Minimax(precision="tf32x3"),
+    "coupled Newton": roots.CoupledNewton(tolerance=1e-3),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is."""
+
+    roots: tuple[int, ...] = (256, 512, 1024, 2048)
+    root_bytes: int = 2**26
+    llama: tuple[int, int, int, int] = (16, 2048, 5632, 32000)
+    block: int = 1024
+    share: int = 8
+    gpt: tuple[int, int, int] = (12, 768, 50304)
+    tokens: tuple[int, int] = (64, 1024)
+    rounds: int = 5
+    batch: int = 10  # steps in a round: a whole period
+
+
+QUICK = Sizes(
+    roots=(16,),
+    root_bytes=2**11,
+    llama=(1, 32, 48, 64),
+    block=16,
+    share=2,
+    gpt=(1, 32, 64),
+    tokens=(2, 16),
+    rounds=1,
+    batch=2,
+)
+
+
+def milliseconds(step: Callable[[], Any], rounds: int, batch: int) -> float:
+    """Of one call, from batches that are waited for as a whole."""
+    found = []
+    for _ in range(rounds + 2):
+        begin = time.perf_counter()
+        for _ in range(batch):
+            last = step()
+        jax.block_until_ready(last)
+        found.append(1e3 * (time.perf_counter() - begin) / batch)
+    return statistics.median(found[2:])
+
+
+def of_roots(sizes: Sizes) -> list[dict[str, Any]]:
+    """Time for a batch, and the error of its first matrix, of every method and size."""
+    rows = []
+    for n in sizes.roots:
+        number = max(1, sizes.root_bytes // (4 * n * n))
+        rng = np.random.default_rng(n)
+        basis, _ = np.linalg.qr(rng.normal(size=(n, n)))
+        one = ((basis * 10 ** rng.uniform(-9, 0, n)) @ basis.T).astype(np.float32)
+        one = 0.5 * (one + one.T)
+        w, v = np.linalg.eigh(one.astype(np.float64))
+        exact = (v * (np.maximum(w, 0) + 1e-6 * w[-1]) ** -0.25) @ v.T
+        batch = jnp.asarray(np.broadcast_to(one, (number, n, n)))
+        for name, method in METHODS.items():
+            solve = jax.jit(partial(roots.inverse_root, method, p=4, eps_rel=1e-6))
+            try:
+                error = np.linalg.norm(solve(batch).root[0] - exact)
+                ms = milliseconds(partial(solve, batch), sizes.rounds, 2)
+            except Exception as refusal:  # a library or compiler that cannot
+                rows.append({"n": n, "method": name, "refused": str(refusal)[:200]})
+                continue
+            error = float(error / np.linalg.norm(exact))
+            row = {"n": n, "method": name, "matrices": number, "ms": ms}
+            rows.append({**row, "root_error": error})
+    return rows
+
+
+class Run:
+    """An optimizer on parameters, whose steps take each other's results."""
+
+    def __init__(self, tx: Any, params: Any, gradient: Callable[[Any], Any]) -> None:
+        self.params = jax.tree.map(jnp.array, params)  # a copy, to be given away
+        self.state = jax.jit(tx.init)(params)
+
+        @partial(jax.jit, donate_argnums=(0, 1))
+        def step(params: Any, state: Any) -> Any:
+            updates, state = tx.update(gradient(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        self._step = step
+
+    def __call__(self) -> Any:
+        self.params, self.state = self._step(self.params, self.state)
+        return self.params
+
+
+def _shampoo(layout: so.BlockLayout, frequency: int) -> Any:
+    refresh = so.Refresh(frequency, 1, staggered=frequency > 1)
+    return so.shampoo(1e-4, layout=layout, refresh=refresh)
+
+
+def of_steps(sizes: Sizes) -> dict[str, float]:
+    """A device's share of the blocks of a large model, in milliseconds a step."""
+    layout = so.BlockLayout(sizes.block, batch_axes=lambda *_: 1)
+    like = jax.tree.leaves(shapes.llama(*sizes.llama))
+    names = [str(i) for i in range(len(like))]
+    plan = so.BlockLayout(sizes.block).plan(names, [leaf.shape for leaf in like])
+    key = jax.random.key(0)
+    params = {
+        name: jax.random.normal(key, (-(-number // sizes.share), *sides))
+        for name, (number, *sides) in plan.stacks.items()
+    }
+    found = {}
+    for name, tx in {
+        "adamw": optax.adamw(1e-4),
+        "shampoo, frequency 1": _shampoo(layout, 1),
+        "shampoo, frequency 10, staggered": _shampoo(layout, 10),
+    }.items():
+        run = Run(tx, params, lambda params: params)
+        found[name] = milliseconds(run, sizes.rounds, sizes.batch)
+        del run
+    found["parameters"] = sum(x.size for x in params.values())
+    return found
+
+
+def of_training(sizes: Sizes) -> dict[str, float]:
+    """A GPT's training step, in milliseconds."""
+    layers, width, vocabulary = sizes.gpt
+    like = shapes.transformer(layers, width, vocabulary)
+    like["position"] = jax.ShapeDtypeStruct((sizes.tokens[1], width), jnp.float32)
+    params = gpt.begin(like)
+    tokens = jax.random.randint(jax.random.key(1), sizes.tokens, 0, vocabulary)
+    gradient = jax.grad(lambda params: gpt.loss(params, tokens))
+    layout = so.BlockLayout(sizes.block)
+    found = {}
+    for name, tx in {
+        "adamw": optax.adamw(1e-4),
+        "shampoo, frequency 10, staggered": _shampoo(layout, 10),
+    }.items():
+        run = Run(tx, params, gradient)
+        found[name] = milliseconds(run, sizes.rounds, sizes.batch)
+        del run
+    found["parameters"] = shapes.number(like)
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print the tables, write the JSON."""
+    args = common.arguments(__doc__ or "", "gpu").parse_args(argv)
+    sizes = QUICK if args.quick else Sizes()
+    env = common.environment()
+    print(common.heading(env))
+    results: dict[str, Any] = {"environment": env, "roots": of_roots(sizes)}
+    print("\nInverse fourth roots, eps_rel 1e-6")
+    rows = [
+        [f"{r['n']} {r['method']}"]
+        + ([None, None, None] if "refused" in r else [r["matrices"], r["ms"]])
+        + ([] if "refused" in r else [f"{r['root_error']:.1e}"])
+        for r in results["roots"]
+    ]
+    print(common.table(["n, method", "matrices", "ms", "root error"], rows))
+    for name, measure in (("step", of_steps), ("training", of_training)):
+        found = results[name] = measure(sizes)
+        millions = found["parameters"] / 1e6
+        title = {"step": "update alone", "training": "training step"}[name]
+        print(f"\nThe {title}, {millions:.1f} million parameters")
+        lines = {k: v for k, v in found.items() if k != "parameters"}
+        base = lines["adamw"]
+        rows = [[name, ms, ms / base] for name, ms in lines.items()]
+        print(common.table(["optimizer", "ms", "x adamw"], rows))
+    common.save(args, "gpu", results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
