@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from typing import Any
 
 import hypothesis
 import jax
@@ -13,10 +15,13 @@ import pytest
 from hypothesis import strategies as st
 
 import shampoo_optax as so
+from shampoo_optax import checkpoint
+from shampoo_optax.layout import block_layout
 from shampoo_optax.layout.fold import fold, merge
-from shampoo_optax.layout.merging import cost, merged
+from shampoo_optax.layout.merging import at_most, cost, merged
 from shampoo_optax.layout.plan import Leaf, Route, block_sides, cut, make_plan
 from shampoo_optax.layout.split import join, split
+from tests import helpers
 
 INF = math.inf
 
@@ -243,3 +248,57 @@ def test_the_planner_against_every_way_to_join(
         best = min(best, sum(price(r) for r in [*runs, run]))
     stacks = merged(plan).stacks.values()
     assert sum(n // devices * cost((a, b)) for n, a, b in stacks) == best
+
+
+SIDES = st.tuples(st.integers(1, 12), st.integers(1, 12))
+
+
+@hypothesis.given(st.lists(SIDES, min_size=1, max_size=24), st.integers(1, 6))
+def test_not_more_stacks_than_asked_for(
+    shapes: list[tuple[int, int]], number: int
+) -> None:
+    leaves = tuple(Leaf(shape, shape, 1, shape) for shape in shapes)
+    plan = make_plan(leaves, 12)
+    few = at_most(plan, number, 10)
+    long = {key for key, (_, *sides) in plan.stacks.items() if max(sides) > 10}
+    assert long <= few.stacks.keys()  # such a side has no factor: they stay
+    assert len(few.stacks.keys() - long) <= number
+    assert sum(n for n, *_ in few.stacks.values()) == len(shapes)
+    for key, groups in few.groups.items():
+        for _, box in groups[0].members:
+            pairs = zip(box.stacked, map(int, key.split("x")), strict=True)
+            assert all(own <= side for own, side in pairs)
+
+
+def _shapes(number: int) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    sides = rng.integers(2, 9, (number, 2))
+    return {f"a{i:02}": jnp.zeros(tuple(map(int, s))) for i, s in enumerate(sides)}
+
+
+DAMPED = functools.partial(so.scale_by_shampoo, eps_rel=1e-4)
+
+
+@pytest.mark.parametrize("alias", [DAMPED, so.scale_by_soap], ids=["shampoo", "soap"])
+def test_stacks_of_many_shapes_make_the_same_updates(
+    alias: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros that fill a block change nothing; in float64, far below float32."""
+    layout = so.BlockLayout(8)
+    with jax.enable_x64(True):
+        like = jax.tree.map(lambda x: x.astype(jnp.float64), _shapes(12))
+        tx = alias(layout=layout, refresh=so.Refresh(3, 9))
+        wanted, before = helpers.run(tx, like, 12)
+        monkeypatch.setattr(block_layout, "MANY", 3)
+        found, after = helpers.run(tx, like, 12)
+        for one, two in zip(wanted, found, strict=True):
+            for name, update in one.items():
+                scale = float(jnp.abs(update).max())
+                assert float(jnp.abs(update - two[name]).max()) <= 1e-8 * scale, name
+        counts = [len(state.blocks.mu) for state in (before, after)]
+        assert counts[0] > 8 and counts[1] <= 3
+        shapes = jax.eval_shape(tx.init, like)
+        view = checkpoint.to_param_view(after, like, layout)
+        again = checkpoint.from_param_view(view, shapes, like, layout)
+        both = (checkpoint.to_param_view(x, like, layout) for x in (again, after))
+        helpers.assert_equal(*both)

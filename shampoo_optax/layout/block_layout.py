@@ -15,9 +15,12 @@ from jax.typing import DTypeLike
 from shampoo_optax import _checks
 from shampoo_optax.layout import placement
 from shampoo_optax.layout.fold import fold, merge
-from shampoo_optax.layout.merging import merged
+from shampoo_optax.layout.merging import at_most, merged
 from shampoo_optax.layout.plan import Leaf, Plan, Shape, block_sides, make_plan
 from shampoo_optax.layout.routes import Devices, Spec, route_leaf
+
+# Stacks: with more of them a program takes minutes to compile. Few models have as many.
+MANY = 32
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,7 +66,8 @@ class BlockLayout:
         function of path and shape. None takes what explicit axes say, and on others
         replicated parameters.
       merge_stacks: let blocks of neighbouring shapes share a stack, filled with zeros,
-        where that costs all devices less than the slots that both would leave empty.
+        where that costs all devices less than the slots that both would leave empty,
+        or where there are more than 32 shapes: each is compiled by itself.
       exchange_dtype: in which blocks of updates travel back, for example
         ``jnp.bfloat16``; None means their own.
       deterministic: update one block at a time, so that every bit is the same on
@@ -174,8 +178,12 @@ class BlockLayout:
             block_axes=devices.block_axes,
         )
         # Kernels of another shape round otherwise.
-        merges = self.merge_stacks and not self.deterministic and plan.devices > 1
-        return merged(plan) if merges else plan
+        if not self.merge_stacks or self.deterministic:
+            return plan
+        joined = merged(plan) if plan.devices > 1 else plan
+        if len(joined.groups) > MANY:
+            return at_most(plan, MANY, self.largest_factor)
+        return joined
 
     def folded(self, shape: Shape) -> Shape | None:
         """What an array without batch axes is folded to; None if it is not blocked."""

@@ -8,10 +8,14 @@ stack, filled with zeros to its shape, where that lowers the sum of slots times 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from shampoo_optax.layout.plan import Axes, Box, Group, Plan, Pool, Shape
+
+Stack = tuple[Shape, tuple[Group, ...]]
 
 
 def cost(shape: Shape) -> int:
@@ -38,49 +42,119 @@ def merged(plan: Plan) -> Plan:
       >>> merged(plan).stacks
       {'8x8': (16, 8, 8)}
     """
-    stacks = [
+    stacks = sorted(_stacks(plan), key=lambda s: s[0], reverse=True)
+    return _joined(plan, _best_runs(stacks)[1])
+
+
+@functools.lru_cache(maxsize=16)
+def at_most(plan: Plan, number: int, largest: float) -> Plan:
+    """The plan with about ``number`` stacks, joined where that fills the least.
+
+    A program is compiled for every stack, so that two hundred shapes take minutes.
+    Every stack is given a price of its own, the lowest for which few enough remain.
+
+    Args:
+      plan: of all.
+      number: of stacks of matrices that may remain.
+      largest: stacks with a longer side stay as they are: it has no factor.
+
+    Example:
+      >>> from shampoo_optax.layout.plan import Leaf, make_plan
+      >>> shapes = (8, 8), (8, 7), (3, 2), (2, 2)
+      >>> leaves = tuple(Leaf(shape, shape, 1, shape) for shape in shapes)
+      >>> at_most(make_plan(leaves, 8), 2, 8).stacks
+      {'8x8': (2, 8, 8), '3x2': (2, 3, 2)}
+    """
+    stacks = [stack for stack in _stacks(plan) if max(stack[0]) <= largest]
+    orders = [sorted(stacks, key=_by_rows(width)) for width in WIDTHS]
+    each = sum(map(_price, ([stack] for stack in stacks))) / (8 * number)
+    runs: Sequence[Sequence[Stack]] = []
+    for _ in range(DOUBLINGS):
+        _, runs = min((_best_runs(order, each) for order in orders), key=_first)
+        if len(runs) <= number:
+            break
+        each *= 2
+    return _joined(plan, runs)
+
+
+# Shapes are laid in shelves of so many rows, by columns within a shelf.
+WIDTHS = (1, 8, 32, 128, 512)
+DOUBLINGS = 32  # of the price; parts of blocks may not let stacks join at any
+
+
+def _first(way: tuple[float, Any]) -> float:
+    return way[0]
+
+
+def _by_rows(width: int) -> Callable[[Stack], tuple[int, ...]]:
+    return lambda stack: (-(-stack[0][0] // width), stack[0][1], stack[0][0])
+
+
+def _stacks(plan: Plan) -> list[Stack]:
+    """The shapes and groups of stacks of matrices."""
+    found = [
         (groups[0].members[0][1].stacked, groups) for groups in plan.groups.values()
     ]
-    stacks = sorted(
-        (stack for stack in stacks if len(stack[0]) == 2),
-        key=lambda s: s[0],
-        reverse=True,
-    )
+    return [stack for stack in found if len(stack[0]) == 2]
+
+
+def _joined(plan: Plan, runs: Sequence[Sequence[Stack]]) -> Plan:
     into: dict[Shape, Shape] = {}
-    for run in _best_runs(stacks):
-        shape = _hull([stacks[i][0] for i in run])
-        into |= {stacks[i][0]: shape for i in run}
-    pools = tuple(_moved(pool, into) for pool in plan.pools)
-    return dataclasses.replace(plan, pools=pools)
+    for run in runs:
+        shape = _hull([shape for shape, _ in run])
+        into |= {own: shape for own, _ in run}
+    return dataclasses.replace(
+        plan, pools=tuple(_moved(pool, into) for pool in plan.pools)
+    )
 
 
-def _best_runs(stacks: Sequence[tuple[Shape, tuple[Group, ...]]]) -> list[range]:
+def _best_runs(
+    stacks: Sequence[Stack], each: float = 0.0
+) -> tuple[float, list[Sequence[Stack]]]:
     """The cheapest way to cut the list into runs, from that of every beginning."""
-    best: list[tuple[float, list[range]]] = [(0.0, [])]
+    best: list[tuple[float, int, int]] = [(0.0, 0, 0)]  # price, runs, the last's start
     for stop in range(1, len(stacks) + 1):
         ways = []
-        for start in range(stop):
-            price = _price(stacks[start:stop])
-            ways.append((best[start][0] + price, [*best[start][1], range(start, stop)]))
+        for start, price in _prices(stacks[:stop]):
+            before, number, _ = best[start]
+            ways.append((before + price + each, number + 1, start))
         # Of equal ones that with more runs: nothing is filled without gain.
-        best.append(min(ways, key=lambda way: (way[0], -len(way[1]))))
-    return best[-1][1]
+        best.append(min(ways, key=lambda way: (way[0], -way[1])))
+    runs: list[Sequence[Stack]] = []
+    stop = len(stacks)
+    while stop:
+        start = best[stop][2]
+        runs.append(stacks[start:stop])
+        stop = start
+    return best[-1][0], runs[::-1]
 
 
-def _price(run: Sequence[tuple[Shape, tuple[Group, ...]]]) -> float:
-    """Slots of a device times the cost of one, if the run were one stack."""
-    shape = _hull([shape for shape, _ in run])
+def _price(run: Sequence[Stack]) -> float:
+    return list(_prices(run))[-1][1]
+
+
+def _prices(stacks: Sequence[Stack]) -> Iterator[tuple[int, float]]:
+    """For the last of a list, the last two, and so on: where they begin, their price.
+
+    That is slots of a device times the cost of one, if the run were one stack.
+    """
+    rows: list[tuple[Shape, Group]] = []
     cells: dict[tuple[Axes, int, int, Axes, int], int] = {}
-    for own, groups in run:
+    shape: Shape = (0, 0)
+    for start in range(len(stacks) - 1, -1, -1):
+        own, groups = stacks[start]
+        shape = _hull([shape, own])
         for group in groups:
-            if group.parts > 1 and own[group.dim] != shape[group.dim]:
-                return math.inf  # parts are exchanged along a side of one length
             alike = group.axes, group.dim, group.parts, group.dealt, group.shares
             cells[alike] = cells.get(alike, 0) + group.cells
-    slots = sum(
-        -(-n // (parts * shares)) for (_, _, parts, _, shares), n in cells.items()
-    )
-    return slots * cost(shape)
+            if group.parts > 1:
+                rows.append((own, group))
+        # Parts are exchanged along a side of one length.
+        if any(own[group.dim] != shape[group.dim] for own, group in rows):
+            yield start, math.inf
+            continue
+        slots = sum(-(-n // (k[2] * k[4])) for k, n in cells.items())
+        yield start, slots * cost(shape)
 
 
 def _hull(shapes: Sequence[Shape]) -> Shape:
