@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random as random_sides
 from typing import Any
 
 import jax
@@ -83,6 +84,14 @@ def small(each: int = 100) -> Tree:
     """Many small matrices: ``each`` of 32x32 and of 64x16."""
     square = {f"a{i:03}": (32, 32) for i in range(each)}
     return _arrays({**square, **{f"b{i:03}": (64, 16) for i in range(each)}})
+
+
+def varied(arrays: int = 200, sides: int = 132, smallest: int = 8) -> Tree:
+    """Small matrices of nearly as many shapes, with ``sides`` different sides."""
+    order = [smallest + i % sides for i in range(2 * arrays)]
+    random_sides.Random(0).shuffle(order)
+    pairs = zip(order[::2], order[1::2], strict=True)
+    return _arrays({f"a{i:03}": pair for i, pair in enumerate(pairs)})
 
 
 def stack(layers: int, *, stacked: bool, width: int = 128) -> Tree:
