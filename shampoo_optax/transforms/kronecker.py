@@ -18,6 +18,7 @@ from shampoo_optax.transforms import factors as statistics
 from shampoo_optax.transforms.exponents import Exponents, ExponentTable
 from shampoo_optax.transforms.factors import Correction, Matrices, Stacks, Statistics
 from shampoo_optax.transforms.refresh import Refresh
+from shampoo_optax.transforms.state_dtypes import StateDtypes, restored, stored_like
 from shampoo_optax.transforms.units import Share, Units, grouped, refreshed
 
 Refreshed = tuple[Matrices, Matrices, Matrices | None]  # roots, failures, bases
@@ -49,6 +50,7 @@ def kronecker(
     trace_scaling: float | None = None,
     correction: Correction | None = None,
     basis: bases.BasisMethod | None = None,
+    state_dtypes: StateDtypes = StateDtypes(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Precondition stacks of blocks by Kronecker factors: Shampoo's direction.
 
@@ -66,7 +68,8 @@ def kronecker(
     descends: ``<u, P u> >= 0``.
 
     Acts on stacks ``{"1024x384": [n, 1024, 384], ...}``: use it inside
-    :func:`blockwise`. Factors and roots are float32 at least.
+    :func:`blockwise`. Factors and roots are float32 at least, but where
+    ``state_dtypes`` says otherwise.
 
     A root that fails (non-finite, or a residual above ``root.max_residual``) is not
     used: its block keeps the old one and ``failures`` counts. A non-finite gradient
@@ -95,6 +98,8 @@ def kronecker(
       basis: where roots are made of a cached eigenbasis, how it is refreshed, for
         example ``bases.QR()`` (Meta's eigendecomposed form); ``root`` is then an
         :class:`roots.Eigh`, which says what the eigenvalues become.
+      state_dtypes: in what precision factors and roots (with a ``basis``, that too)
+        are kept, and whether packed.
 
     Returns:
       The transformation.
@@ -139,13 +144,14 @@ def kronecker(
         for power in {power for of in powers.values() for power in of.values()}:
             root.check(1.0 / power)
         dims = {key: list(of) for key, of in powers.items()}
-        factors = statistics.zeros(stacks, dims)
+        factors = statistics.zeros(stacks, dims, state_dtypes)
+        dtype, packed = state_dtypes.roots, state_dtypes.packed
         return KroneckerState(
             jnp.zeros([], jnp.int32),
             factors,
-            statistics.identities(stacks, dims),
+            statistics.identities(stacks, dims, dtype, packed=packed),
             statistics.no_failures(factors),
-            None if basis is None else statistics.identities(stacks, dims),
+            None if basis is None else statistics.identities(stacks, dims, dtype),
         )
 
     def update_fn(
@@ -160,10 +166,9 @@ def kronecker(
         del params, extra
         gradients = updates if raw_gradient is None else raw_gradient
         count = optax.safe_increment(state.count)
-        seen = gradients, state.factors, state.roots, sizes
-        measure = partial(measured.measure, *seen)
+        seen = gradients, state.factors, jax.tree.map(restored, state.roots), sizes
+        measure = partial(measured.measure, *seen, count=count)
         factors, samples = refresh.measured(count, measure, state.factors)
-
         powers = {key: table.of(stack) for key, stack in updates.items()}
 
         def solve(share: Share, old: Refreshed) -> Refreshed:
@@ -174,7 +179,8 @@ def kronecker(
 
         old = state.roots, state.failures, state.bases
         new = refreshed(refresh, count, solve, old)
-        updates = {key: _apply(x, new[0][key]) for key, x in updates.items()}
+        in_use = jax.tree.map(restored, new[0])
+        updates = {key: _apply(x, in_use[key]) for key, x in updates.items()}
         return updates, KroneckerState(count, factors, *new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -229,14 +235,16 @@ def _refresh(
             roots, failures, cached = jax.tree.map(lambda x: x, old)  # to change
             vectors = None if cached is None else units.take(cached)
             before = units.take(roots), units.take(failures)
-            batch = units.take(factors)
-            found = solver(target(batch), vectors, power)
+            batch = restored(units.take(factors))
+            basis = None if vectors is None else restored(vectors)
+            found = solver(target(batch), basis, power)
             keep = ~found[1]
-            units.put(roots, jnp.where(keep[:, None, None], before[0], found[0]))
+            root = stored_like(found[0], before[0])
+            units.put(roots, jnp.where(keep[:, None, None], before[0], root))
             failed = keep & statistics.measured_any(batch)
             units.put(failures, jnp.where(failed, before[1] + 1, 0))
-            if cached is not None and found[2] is not None:
-                units.put(cached, found[2])
+            if cached is not None and vectors is not None and found[2] is not None:
+                units.put(cached, found[2].astype(vectors.dtype))
             return roots, failures, cached
 
         old = share.run(factors, members, solve, old)

@@ -79,7 +79,7 @@ class Units:
     def run(self, solve: Callable[[T, Units], T], old: T) -> T:
         """Solve them, all in one call or one after another."""
         key, dim = self.members[0]
-        if self.matrices[key][dim].shape[-1] < LARGE or self.size == 1:
+        if self.matrices[key][dim].shape[-2] < LARGE or self.size == 1:
             return solve(old, self)
         first = jnp.zeros([], jnp.int32) if self.first is None else self.first
 
@@ -152,7 +152,8 @@ def grouped(
     for key, by_dim in matrices.items():
         for dim, matrix in by_dim.items():
             value = None if static is None else static[key][int(dim)]
-            same = (matrix.shape[-1], matrix.dtype, value)
+            # Both sides: two sizes may be equally wide where they are packed.
+            same = (matrix.shape[-2:], matrix.dtype, value)
             groups.setdefault(same, []).append((key, dim))
     return list(groups.values())
 
