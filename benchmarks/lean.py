@@ -6,12 +6,14 @@ recipe (rate, schedule, clip, batches), three seeds of it; SOAP, at its rate of
 state a parameter: of that model, and of a Llama-like one of 1.3 billion and GPT-2, in
 blocks of 1024, by their shapes alone.
 
-Every run is written to the JSON file as it ends; what is there is not run again.
+Every run is written to the JSON file as it ends; what is there is not run again. Runs
+in float32 are those of ``make convergence`` to the last digit, and taken from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 from collections.abc import Callable
@@ -66,6 +68,18 @@ def optimizers() -> dict[str, tuple[float, Optimizer]]:
     for name in ("float32", "leanest"):
         made[f"soap {name}"] = (SOAP_RATE, soap(SETTINGS[name]))
     return made
+
+
+def borrow(runs: Runs, schedule: Schedule) -> None:
+    """Takes the last losses in float32 from the runs of benchmarks/convergence.py."""
+    path = common.RESULTS / jax.default_backend() / "convergence.json"
+    rates = {"shampoo": SHAMPOO_RATE, "soap": SOAP_RATE}
+    for run in json.loads(path.read_text())["runs"] if path.exists() else []:
+        name, losses = run["optimizer"], run["losses"]
+        wanted = ("lm", rates.get(name), schedule.steps)
+        if (run["task"], run["rate"], run["steps"]) == wanted and losses:
+            plan = (schedule.steps, schedule.eval_every, run["seed"])
+            runs[Key("lm", f"{name} float32", run["rate"], *plan)] = losses[-1:]
 
 
 def recipe(
@@ -148,6 +162,8 @@ def main(arguments: list[str] | None = None) -> None:
     if path is None and not args.quick:
         path = common.RESULTS / jax.default_backend() / "lean.json"
     runs = Runs(path, shape._asdict() | {"batch": train_lm.BATCH, "clip": 1.0})
+    if not args.quick:
+        borrow(runs, schedule)
     env = common.environment()
     console.print(common.heading(env), soft_wrap=True)
     makers = optimizers()

@@ -235,7 +235,9 @@ def _refresh(
             batch = target(seen)
             if any(key in sizes for key, _ in units.members):
                 batch = statistics.apart(batch, units.take(_all(vectors, sizes)))
-            found = bases.new_basis(basis, batch, restored(before), ridge=ridge)
+            found = bases.new_basis(
+                basis, batch, bases.straightened(before), ridge=ridge
+            )
             good = found.accepted
             was, count = units.take(null), units.take(failures)
             units.put(vectors, found.vectors.astype(before.dtype))

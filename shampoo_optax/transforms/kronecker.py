@@ -236,7 +236,7 @@ def _refresh(
             vectors = None if cached is None else units.take(cached)
             before = units.take(roots), units.take(failures)
             batch = restored(units.take(factors))
-            basis = None if vectors is None else restored(vectors)
+            basis = None if vectors is None else bases.straightened(vectors)
             found = solver(target(batch), basis, power)
             keep = ~found[1]
             root = stored_like(found[0], before[0])
