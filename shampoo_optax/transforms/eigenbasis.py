@@ -16,6 +16,7 @@ from shampoo_optax import _checks
 from shampoo_optax.linalg import bases, modes
 from shampoo_optax.linalg.rounding import rounded
 from shampoo_optax.transforms import factors as statistics
+from shampoo_optax.transforms._in_turn import in_turn
 from shampoo_optax.transforms._numbers import wide
 from shampoo_optax.transforms.factors import Matrices, Stacks, Statistics
 from shampoo_optax.transforms.moment import Moment, NullSpace
@@ -205,15 +206,22 @@ def _turned(
     count: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Adam's step in the bases of one stack: the update and the second moment."""
-    kept, nu = nu.dtype, nu.astype(wide(nu.dtype))
-    out_of = {int(d): m.astype(nu.dtype) for d, m in basis.items()}
-    into = {d: jnp.swapaxes(m, -2, -1) for d, m in out_of.items()}
-    seen = modes.mode_products(gradient.astype(nu.dtype), into)
-    nu = moment.accumulate(seen, nu, null)
-    turned = modes.mode_products(update.astype(nu.dtype), into)
-    turned = moment.divide(turned, nu, null, count)
-    turned = modes.mode_products(turned, out_of).astype(update.dtype)
-    return turned, rounded(nu, kept, count, stacked=True)
+
+    def one(
+        old: tuple[jax.Array, jax.Array], given: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        (update, kept), (gradient, basis, null) = old, given
+        nu = kept.astype(wide(kept.dtype))
+        out_of = {int(d): m.astype(nu.dtype) for d, m in basis.items()}
+        into = {d: jnp.swapaxes(m, -2, -1) for d, m in out_of.items()}
+        seen = modes.mode_products(gradient.astype(nu.dtype), into)
+        nu = moment.accumulate(seen, nu, null)
+        turned = modes.mode_products(update.astype(nu.dtype), into)
+        turned = moment.divide(turned, nu, null, count)
+        turned = modes.mode_products(turned, out_of).astype(update.dtype)
+        return turned, rounded(nu, kept.dtype, count, stacked=True)
+
+    return in_turn(one, (update, nu), (gradient, basis, null), basis.values())
 
 
 def _refresh(

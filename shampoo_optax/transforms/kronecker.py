@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from shampoo_optax import _checks
 from shampoo_optax.linalg import bases, modes, roots
 from shampoo_optax.transforms import factors as statistics
+from shampoo_optax.transforms._in_turn import in_turn
 from shampoo_optax.transforms.exponents import Exponents, ExponentTable
 from shampoo_optax.transforms.factors import Correction, Matrices, Stacks, Statistics
 from shampoo_optax.transforms.refresh import Refresh
@@ -166,7 +167,7 @@ def kronecker(
         del params, extra
         gradients = updates if raw_gradient is None else raw_gradient
         count = optax.safe_increment(state.count)
-        seen = gradients, state.factors, jax.tree.map(restored, state.roots), sizes
+        seen = gradients, state.factors, state.roots, sizes
         measure = partial(measured.measure, *seen, count=count)
         factors, samples = refresh.measured(count, measure, state.factors)
         powers = {key: table.of(stack) for key, stack in updates.items()}
@@ -179,8 +180,7 @@ def kronecker(
 
         old = state.roots, state.failures, state.bases
         new = refreshed(refresh, count, solve, old)
-        in_use = jax.tree.map(restored, new[0])
-        updates = {key: _apply(x, in_use[key]) for key, x in updates.items()}
+        updates = {key: _apply(x, new[0][key]) for key, x in updates.items()}
         return updates, KroneckerState(count, factors, *new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -253,8 +253,13 @@ def _refresh(
 
 def _apply(updates: jax.Array, by_dim: dict[str, jax.Array]) -> jax.Array:
     """Multiply the roots onto a stack, in their precision; its dtype comes back."""
-    matrices = {int(dim): matrix for dim, matrix in by_dim.items()}
-    if not matrices:
+    if not by_dim:
         return updates
-    dtype = next(iter(matrices.values())).dtype
-    return modes.mode_products(updates.astype(dtype), matrices).astype(updates.dtype)
+
+    def one(updates: jax.Array, by_dim: dict[str, jax.Array]) -> jax.Array:
+        matrices = {int(dim): restored(matrix) for dim, matrix in by_dim.items()}
+        dtype = next(iter(matrices.values())).dtype
+        new = modes.mode_products(updates.astype(dtype), matrices)
+        return new.astype(updates.dtype)
+
+    return in_turn(one, updates, by_dim, by_dim.values())

@@ -8,16 +8,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from shampoo_optax.transforms._in_turn import LARGE
 from shampoo_optax.transforms.factors import Matrices
 from shampoo_optax.transforms.refresh import Refresh
 
 T = TypeVar("T")
 Member = tuple[str, str]  # stack and dimension
-
-
-# From this size on one matrix product fills a device, and a batch of them gains
-# nothing: matrices are solved one after another, in the memory of one.
-LARGE = 512
 
 
 class Units:
