@@ -14,6 +14,7 @@ import pytest
 
 import shampoo_optax as so
 from benchmarks import lean as bench
+from shampoo_optax.checkpoint import abstract_view, from_param_view, to_param_view
 from shampoo_optax.linalg import packing
 from shampoo_optax.linalg.rounding import rounded
 from tests import helpers
@@ -362,3 +363,37 @@ def test_what_does_not_fit_is_said() -> None:
     foreign = so.scale_by_shampoo(grafting=optax.scale_by_rms(), state_dtypes=LEANEST)
     with pytest.raises(ValueError, match=r"grafting.stored\(.*keeps ScaleByRmsState"):
         foreign.init(helpers.parameters())
+
+
+CHECKPOINTS = [("shampoo", n) for n in ("fsdp8", "hsdp", "tensor", "conv", "merged")]
+CHECKPOINTS += [("soap", "zero13"), ("soap", "merged")]
+
+
+@pytest.mark.parametrize(("alias", "place"), CHECKPOINTS)
+def test_the_view_opens_on_any_mesh(alias: str, place: str) -> None:
+    """What test_view.py says of other states, of packed ones in bfloat16."""
+    mode = (MODES | {"merged": MERGED})[place]
+    make = {"shampoo": so.scale_by_shampoo, "soap": so.scale_by_soap}[alias]
+    like, alone, layout = mode.like(), so.BlockLayout(BLOCK), mode.layout()
+    options = {"refresh": so.Refresh(2, 2), "state_dtypes": LEANEST}
+    _, state = helpers.run(make(layout=alone, **options), like, 3)
+    view = to_param_view(state, like, alone)
+    many, placed = make(layout=layout, **options), mode.place(like)
+    abstract = jax.eval_shape(many.init, placed)
+    opened = from_param_view(view, abstract, placed, layout)
+    where = so.state_shardings(many, like, layout)
+    for leaf, its in zip(jax.tree.leaves(opened), jax.tree.leaves(where), strict=True):
+        assert leaf.sharding.is_equivalent_to(its, leaf.ndim)
+    again = to_param_view(opened, placed, layout)
+    helpers.assert_equal(*(jax.tree.map(np.asarray, v) for v in (again, view)))
+    wanted = abstract_view(abstract, placed, layout)
+    for leaf, its in zip(jax.tree.leaves(view), jax.tree.leaves(wanted), strict=True):
+        assert (leaf.shape, leaf.dtype) == (its.shape, its.dtype)
+
+
+def test_the_view_opens_only_as_it_was_packed() -> None:
+    params, plain = helpers.parameters(), so.scale_by_shampoo(layout=LAYOUT)
+    tx = so.scale_by_shampoo(layout=LAYOUT, state_dtypes=PACKED)
+    view = to_param_view(tx.init(params), params, LAYOUT)
+    with pytest.raises(ValueError, match=r"has shape \(1, 2, 1\) there; wanted"):
+        from_param_view(view, jax.eval_shape(plain.init, params), params, LAYOUT)
