@@ -38,6 +38,7 @@ from shampoo_optax.transforms.refresh import Refresh as Refresh
 from shampoo_optax.transforms.renewal import refresh_now as refresh_now
 from shampoo_optax.transforms.spectral import sign as sign
 from shampoo_optax.transforms.spectral import spectral as spectral
+from shampoo_optax.transforms.state_dtypes import StateDtypes as StateDtypes
 from shampoo_optax.transforms.weight_decay import add_weight_decay as add_weight_decay
 
 try:

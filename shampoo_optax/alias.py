@@ -19,6 +19,7 @@ from shampoo_optax.transforms.exponents import Exponents
 from shampoo_optax.transforms.factors import Correction
 from shampoo_optax.transforms.graft import Scope
 from shampoo_optax.transforms.refresh import Refresh
+from shampoo_optax.transforms.state_dtypes import StateDtypes
 from shampoo_optax.transforms.weight_decay import Kind
 
 
@@ -41,6 +42,7 @@ def shampoo(
     correction: Correction | None = None,
     bias_correction: bool = True,
     mu_dtype: DTypeLike | None = None,
+    state_dtypes: StateDtypes = StateDtypes(),
     weight_decay_type: Kind = "decoupled",
     peak_learning_rate: ArrayLike | None = None,
     momentum: ArrayLike | None = None,
@@ -73,6 +75,7 @@ def shampoo(
       correction: ``"kl"`` for KL-Shampoo, see :func:`kronecker`.
       bias_correction: of the average and of the factors.
       mu_dtype: of the stored average; None means the parameters' dtype.
+      state_dtypes: of all that is stored, see :class:`StateDtypes`.
       weight_decay_type: ``"l2"``, ``"decoupled"``, ``"corrected"`` or
         ``"independent"``, see :func:`add_weight_decay`.
       peak_learning_rate: for the last two with a schedule.
@@ -132,10 +135,12 @@ def shampoo(
         correction=correction,
         bias_correction=bias_correction,
         mu_dtype=mu_dtype,
+        state_dtypes=state_dtypes,
     )
     after: list[optax.GradientTransformation] = []
     if momentum is not None:
-        after = [optax.scale(1.0 - dampening), optax.trace(momentum, nesterov)]
+        trace = optax.trace(momentum, nesterov, state_dtypes.momentum)
+        after = [optax.scale(1.0 - dampening), trace]
     return chained("shampoo", scaled, learning_rate, decay, after)
 
 
@@ -155,6 +160,7 @@ def kl_shampoo(
     grafting: optax.GradientTransformation | None = magnitudes.adam(),
     graft_scope: Scope = "block",
     mu_dtype: DTypeLike | None = None,
+    state_dtypes: StateDtypes = StateDtypes(),
     weight_decay_type: Kind = "decoupled",
     peak_learning_rate: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -178,6 +184,7 @@ def kl_shampoo(
       grafting: the magnitude rule; None uses KL-Shampoo's own magnitude.
       graft_scope: what has one norm.
       mu_dtype: of the stored average.
+      state_dtypes: of all that is stored.
       weight_decay_type: see :func:`add_weight_decay`.
       peak_learning_rate: see :func:`add_weight_decay`.
 
@@ -210,6 +217,7 @@ def kl_shampoo(
         graft_scope=graft_scope,
         correction="kl",
         mu_dtype=mu_dtype,
+        state_dtypes=state_dtypes,
         weight_decay_type=weight_decay_type,
         peak_learning_rate=peak_learning_rate,
     )

@@ -19,6 +19,7 @@ from shampoo_optax.scale_by import (
 from shampoo_optax.transforms import grafting as magnitudes
 from shampoo_optax.transforms.moment import NullSpace
 from shampoo_optax.transforms.refresh import Refresh
+from shampoo_optax.transforms.state_dtypes import StateDtypes
 from shampoo_optax.transforms.weight_decay import Kind
 
 
@@ -39,6 +40,7 @@ def soap(
     grafting: optax.GradientTransformation | None = None,
     null_space: NullSpace = "share",
     mu_dtype: DTypeLike | None = None,
+    state_dtypes: StateDtypes = StateDtypes(),
 ) -> optax.GradientTransformationExtraArgs:
     """SOAP: Adam in the eigenbases of Shampoo's factors.
 
@@ -64,6 +66,7 @@ def soap(
       grafting: a magnitude rule; None keeps SOAP's own.
       null_space: see :func:`eigenbasis`.
       mu_dtype: of the stored average; None means the parameters' dtype.
+      state_dtypes: of all that is stored, see :class:`StateDtypes`.
 
     Returns:
       The optimizer.
@@ -98,6 +101,7 @@ def soap(
         grafting=grafting,
         null_space=null_space,
         mu_dtype=mu_dtype,
+        state_dtypes=state_dtypes,
     )
     return chained("soap", scaled, learning_rate, decay)
 

@@ -23,6 +23,7 @@ from shampoo_optax.transforms.kronecker import kronecker
 from shampoo_optax.transforms.moment import NullSpace
 from shampoo_optax.transforms.refresh import Refresh
 from shampoo_optax.transforms.spectral import spectral
+from shampoo_optax.transforms.state_dtypes import StateDtypes
 
 # Whole matrices, however large: an orthogonal factor is one of the whole.
 UNCUT = BlockLayout(max_preconditioner_dim=math.inf, one_sided_above=math.inf)
@@ -44,6 +45,7 @@ def scale_by_shampoo(
     correction: Correction | None = None,
     bias_correction: bool = True,
     mu_dtype: DTypeLike | None = None,
+    state_dtypes: StateDtypes = StateDtypes(),
 ) -> optax.GradientTransformationExtraArgs:
     """Rescale updates according to Shampoo, with grafting.
 
@@ -68,6 +70,7 @@ def scale_by_shampoo(
       bias_correction: of the average and of the factors (the magnitude rule has its
         own).
       mu_dtype: of the stored average; None means the parameters' dtype.
+      state_dtypes: of all that is stored, see :class:`StateDtypes`.
 
     Returns:
       The transformation; its updates have the unit of the magnitude rule's.
@@ -97,9 +100,12 @@ def scale_by_shampoo(
         largest_factor=layout.largest_factor,
         bias_correction=bias_correction,
         correction=correction,
+        state_dtypes=state_dtypes,
     )
+    grafting = _stored(grafting, state_dtypes)
     if exponents is not None:  # they may tell rows from columns
         layout = dataclasses.replace(layout, turn_wide_blocks=False)
+    mu_dtype = _momentum("scale_by_shampoo", mu_dtype, state_dtypes)
     average = _Average(b1, b3, bias_correction, mu_dtype)
     if grafting is not None and graft_scope == "array":
         whole = blockwise(direction, layout, rest=grafting)
@@ -121,6 +127,7 @@ def scale_by_soap(
     null_space: NullSpace = "share",
     bias_correction: bool = True,
     mu_dtype: DTypeLike | None = None,
+    state_dtypes: StateDtypes = StateDtypes(),
 ) -> optax.GradientTransformationExtraArgs:
     """Rescale updates by Adam in the eigenbases of Shampoo's factors: SOAP.
 
@@ -140,6 +147,7 @@ def scale_by_soap(
       null_space: see :func:`eigenbasis`.
       bias_correction: of the average, the factors and the second moment.
       mu_dtype: of the stored average; None means the parameters' dtype.
+      state_dtypes: of all that is stored, see :class:`StateDtypes`.
 
     Returns:
       The transformation; its updates have the unit of Adam's.
@@ -168,9 +176,12 @@ def scale_by_soap(
         largest_factor=layout.largest_factor,
         bias_correction=bias_correction,
         null_space=null_space,
+        state_dtypes=state_dtypes,
     )
+    mu_dtype = _momentum("scale_by_soap", mu_dtype, state_dtypes)
     average = _Average(b1, _ahead(b1, b3), bias_correction, mu_dtype)
     rest = magnitudes.adam(b2, eps) if grafting is None else grafting
+    grafting, rest = (_stored(rule, state_dtypes) for rule in (grafting, rest))
     return _assembled(direction, grafting, refresh, layout, average, rest)
 
 
@@ -225,6 +236,27 @@ def scale_by_spectral_descent(
 def _ahead(b1: ArrayLike | None, b3: ArrayLike | None) -> ArrayLike | None:
     """The decay of Nesterov's momentum, where no other is given."""
     return b1 * b1 if b3 is None and b1 is not None else b3
+
+
+def _momentum(
+    call: str, mu_dtype: DTypeLike | None, state_dtypes: StateDtypes
+) -> DTypeLike | None:
+    """The dtype of the average, which two arguments may say."""
+    if mu_dtype is not None and state_dtypes.momentum is not None:
+        raise ValueError(
+            f"{call}(mu_dtype={mu_dtype!r}, state_dtypes={state_dtypes!r}): both say "
+            "how the average is stored; wanted one of mu_dtype and "
+            "StateDtypes(momentum=...)."
+        )
+    return state_dtypes.momentum if mu_dtype is None else mu_dtype
+
+
+def _stored(
+    grafting: optax.GradientTransformation | None, state_dtypes: StateDtypes
+) -> optax.GradientTransformation | None:
+    if grafting is None or state_dtypes.second_moment is None:
+        return grafting
+    return magnitudes.stored(grafting, state_dtypes.second_moment)
 
 
 class _Average(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import shampoo_optax as so
 from shampoo_optax import checkpoint
 from shampoo_optax.checkpoint.reblock import recut
+from shampoo_optax.linalg import packing
 from tests import helpers
 from tests.test_sharded import MODES
 
@@ -95,6 +97,17 @@ def test_traces_where_both_sides_are_cut(tmp_path: Path) -> None:
         total = [np.trace(x[f"{FACTOR}/{dim}"], axis1=1, axis2=2) for x in (old, new)]
         # The columns 0 to 7 of 8x8 blocks are two of 4x4, in each of four rows.
         np.testing.assert_allclose(total[0], total[1].reshape(2, 4).sum(1), rtol=1e-5)
+
+
+def test_packed_factors_are_cut_as_others(tmp_path: Path) -> None:
+    packed = partial(_shampoo, state_dtypes=so.StateDtypes(packed=True))
+    plain = _slots(_reopened(tmp_path / "a", 8, so.BlockLayout(4), _shampoo).state, 4)
+    found = _slots(_reopened(tmp_path / "b", 8, so.BlockLayout(4), packed).state, 4)
+    for name in ("tall", "both"):
+        for slot in (FACTOR, ROOT):
+            one, two = (view[name]["4x4"][f"{slot}/0"] for view in (found, plain))
+            assert one.shape[1:] == (5, 2)
+            np.testing.assert_allclose(packing.unpack(one), two, rtol=1e-5)
 
 
 def test_roots_are_those_of_the_factors(tmp_path: Path) -> None:

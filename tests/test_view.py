@@ -26,7 +26,12 @@ from tests import helpers
 from tests.test_sharded import BLOCK, EXPLICIT, MERGED, MODES
 
 LAYOUT = so.BlockLayout(4, batch_axes=lambda name, _: int(name == "scan"))
-ALIASES = {"shampoo": so.scale_by_shampoo, "soap": so.scale_by_soap}
+LEAN = so.StateDtypes(factors=jnp.bfloat16, roots=jnp.bfloat16, packed=True)
+ALIASES = {
+    "shampoo": so.scale_by_shampoo,
+    "soap": so.scale_by_soap,
+    "lean": partial(so.scale_by_shampoo, state_dtypes=LEAN),
+}
 
 
 def _params() -> dict[str, Any]:
@@ -128,13 +133,14 @@ def test_blocks_are_the_parameters_own(mode: Any) -> None:
 
 # Every way to lie, and with SOAP's other state one of each kind.
 PLACES = [("shampoo", name) for name in MODES]
+PLACES += [("lean", name) for name in ("fsdp3", "merged")]
 PLACES += [("soap", name) for name in ("fsdp8", "zero13", "hsdp", "tensor", "conv")]
 
 
 @pytest.mark.parametrize(("alias", "mode"), PLACES)
 def test_opens_on_any_mesh(alias: Any, mode: Any) -> None:
     """One device's state goes on on many as it would have on one, and comes back."""
-    alias, mode = ALIASES[alias], MODES[mode]
+    alias, mode = ALIASES[alias], {**MODES, "merged": MERGED}[mode]
     like, alone = mode.like(), so.BlockLayout(BLOCK)
     options = {"refresh": so.Refresh(5, 5), "b2": 0.9}
     one = alias(layout=alone, **options)

@@ -21,10 +21,11 @@ from shampoo_optax._paths import Keys, Path, escaped, keys_of, owner_of
 from shampoo_optax.layout.block_layout import BlockLayout, variants
 from shampoo_optax.layout.owners import Held, held
 from shampoo_optax.layout.plan import Plan, Shape
+from shampoo_optax.linalg import packing
 from shampoo_optax.transforms._tree import Tree
 from shampoo_optax.transforms.blockwise import BlockwiseState
 
-Kind = Literal["sides", "block", "number"]
+Kind = Literal["sides", "packed", "block", "number"]
 MATRICES = re.compile(r"\d+(x\d+)+")  # a stack's key, whatever the plan
 
 
@@ -35,7 +36,7 @@ class Cut:
     slot: str
     key: str  # of its stack
     dim: int | None  # of the stack's blocks, where it belongs to one
-    kind: Kind  # whether the other axes are those of the block
+    kind: Kind  # what the other axes are: of the block, square in a side, ...
     members: tuple[Held, ...]
     names: tuple[str, ...]  # of the members' parameters
 
@@ -227,6 +228,8 @@ def _kind(slot: str, leaf: Any, stack: Shape, dim: int | None) -> Kind:
             return "number"
         if dim is not None and set(rest) == {stack[dim + 1]}:
             return "sides"
+        if dim is not None and rest == packing.packed_shape(stack[dim + 1]):
+            return "packed"
         if dim is None and rest == stack[1:]:
             return "block"
     raise ValueError(

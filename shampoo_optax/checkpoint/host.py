@@ -11,10 +11,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from shampoo_optax.checkpoint.entries import Cut
-from shampoo_optax.checkpoint.moves import begins_as_identity, sides_of, turned
+from shampoo_optax.checkpoint.moves import (
+    begins_as_identity,
+    cut,
+    filled_up,
+    nothing_in,
+    sides_of,
+    turned,
+)
 from shampoo_optax.layout.plan import Shape
 
 
@@ -23,10 +31,13 @@ def taken(entry: Cut, stack: jax.Array) -> list[np.ndarray]:
 
     A part may share the stack's memory: it is for reading, while the stack is there.
     """
-    pieces, parts = _pieces(stack), []
+    pieces, parts, packed = _pieces(stack), [], entry.kind == "packed"
     for member, turn in zip(entry.members, turned(entry), strict=True):
         own = sides_of(entry, member, stack.shape, own=False)
-        part = _rows(pieces, member.rows)[(slice(None), *map(slice, own))]
+        part = _rows(pieces, member.rows)
+        if packed and part.shape[1:] != own:
+            part = np.asarray(cut(jnp.asarray(part), own, packed))
+        part = part[(slice(None), *map(slice, own))]
         parts.append(np.ascontiguousarray(part.swapaxes(1, 2) if turn else part))
     return parts
 
@@ -37,15 +48,17 @@ def given(entry: Cut, parts: Sequence[Any], stack: Shape) -> np.ndarray:
         (len(member.rows), *sides_of(entry, member, stack, own=False))
         for member in entry.members
     ]
+    packed, eye = entry.kind == "packed", begins_as_identity(entry, stack)
     filled = all(shape[1:] == stack[1:] for shape in shapes)
-    whole = filled and sum(shape[0] for shape in shapes) == stack[0]
-    made = (np.empty if whole else np.zeros)(stack, parts[0].dtype)
-    if begins_as_identity(entry, stack) and not whole:
-        made[:, range(stack[1]), range(stack[1])] = 1
+    made = np.empty(stack, parts[0].dtype)
+    if not filled or sum(shape[0] for shape in shapes) != stack[0]:
+        made[:] = np.asarray(nothing_in(stack[1:], made.dtype, packed, eye))
     kinds = zip(entry.members, parts, shapes, turned(entry), strict=True)
     for member, part, shape, turn in kinds:
         array = np.asarray(part)
-        inside = tuple(map(slice, shape[1:]))
+        if packed and shape[1:] != stack[1:]:
+            array = np.asarray(filled_up(jnp.asarray(part), stack[1:], packed, eye))
+        inside = tuple(map(slice, array.shape[:0:-1] if turn else array.shape[1:]))
         made[(_run(member.rows), *inside)] = array.swapaxes(1, 2) if turn else array
     return made
 

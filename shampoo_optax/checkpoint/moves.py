@@ -23,6 +23,7 @@ from shampoo_optax.checkpoint.entries import Cut
 from shampoo_optax.layout import placement
 from shampoo_optax.layout.owners import Held
 from shampoo_optax.layout.plan import Shape
+from shampoo_optax.linalg import packing
 
 # Of the view's names and meanings; golden checkpoints hold every one.
 VERSION = np.int32(1)
@@ -95,6 +96,7 @@ def taken(entry: Cut, stack: jax.Array, home: Home) -> list[jax.Array]:
         tuple(len(member.rows) for member in entry.members),
         tuple(sides_of(entry, m, stack.shape, own=False) for m in entry.members),
         turned(entry),
+        entry.kind == "packed",
         home.off_rows(stack.shape),
         tuple(home.aside(shape_of(entry, m, stack.shape)) for m in entry.members),
     )
@@ -118,6 +120,7 @@ def given(
         ordered,
         tuple(stack[1:]),
         turned(entry),
+        entry.kind == "packed",
         begins_as_identity(entry, stack),
         home.off_rows(stack),
         home.rows(),
@@ -137,7 +140,7 @@ def placed(array: Any, where: Sharding | None) -> jax.Array:
 
 def begins_as_identity(entry: Cut, stack: Shape) -> bool:
     """Whether what no block fills is an identity, and not zeros."""
-    square = entry.kind == "sides" and len(stack) == 3
+    square = entry.kind in ("sides", "packed") and len(stack) == 3
     return square and entry.slot.split("/")[-1].split("#")[0] in IDENTITIES
 
 
@@ -158,6 +161,9 @@ def sides_of(entry: Cut, member: Held, stack: Shape, *, own: bool) -> Shape:
     if entry.kind == "sides":
         assert entry.dim is not None
         return (member.box.stacked[entry.dim],) * (len(stack) - 1)
+    if entry.kind == "packed":
+        assert entry.dim is not None
+        return packing.packed_shape(member.box.stacked[entry.dim])
     return member.box.whole if own else member.box.stacked
 
 
@@ -177,6 +183,7 @@ def _taker(
     counts: tuple[int, ...],
     sides: tuple[Shape, ...],
     turned: tuple[bool, ...],
+    packed: bool,
     between: NamedSharding | None,
     where: tuple[NamedSharding | None, ...],
 ) -> jax.stages.Wrapped:
@@ -189,7 +196,7 @@ def _taker(
                 part = jnp.take(stack, place, axis=0)
             else:
                 part = lax.dynamic_slice_in_dim(stack, place, count)
-            part = lax.slice(part, (0,) * part.ndim, (count, *own))
+            part = cut(part, own, packed)
             found.append(jnp.swapaxes(part, 1, 2) if turn else part)
         return found
 
@@ -202,22 +209,47 @@ def _giver(
     ordered: bool,
     slot: Shape,
     turned: tuple[bool, ...],
+    packed: bool,
     eye: bool,
     between: NamedSharding | None,
     where: NamedSharding | None,
 ) -> jax.stages.Wrapped:
     def give(parts: list[jax.Array], source: jax.Array) -> jax.Array:
         filled = [
-            _filled(jnp.swapaxes(part, 1, 2) if turn else part, slot, eye)
+            filled_up(jnp.swapaxes(part, 1, 2) if turn else part, slot, packed, eye)
             for part, turn in zip(parts, turned, strict=True)
         ]
         if dead:
-            empty = jnp.zeros((1, *(0 if d > 1 else d for d in slot)), filled[0].dtype)
-            filled.append(_filled(empty, slot, eye))
+            filled.append(nothing_in(slot, filled[0].dtype, packed, eye))
         stack = _laid(lax.concatenate(filled, 0), between)
         return stack if ordered else jnp.take(stack, source, axis=0)
 
     return jax.jit(give, out_shardings=where)
+
+
+def cut(part: jax.Array, own: Shape, packed: bool) -> jax.Array:
+    """A part in a block's own shape, of one that zeros may fill."""
+    if part.shape[1:] == own:
+        return part
+    if packed:
+        side = own[0] - 1
+        return packing.pack(packing.unpack(part)[:, :side, :side])
+    return lax.slice(part, (0,) * part.ndim, (len(part), *own))
+
+
+def filled_up(part: jax.Array, slot: Shape, packed: bool, eye: bool) -> jax.Array:
+    """A part filled up to the stack's shape, with zeros or an identity."""
+    if not packed or part.shape[1:] == slot:
+        return _filled(part, slot, eye)
+    return packing.pack(_filled(packing.unpack(part), (slot[0] - 1,) * 2, eye))
+
+
+def nothing_in(slot: Shape, dtype: Any, packed: bool, eye: bool) -> jax.Array:
+    """A row of a stack that holds no block."""
+    whole = (slot[0] - 1,) * 2 if packed else slot
+    empty = jnp.zeros((1, *(0 if d > 1 else d for d in whole)), dtype)
+    row = _filled(empty, whole, eye)
+    return packing.pack(row) if packed else row
 
 
 def _filled(part: jax.Array, slot: Shape, eye: bool) -> jax.Array:

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from shampoo_optax import _checks
@@ -29,6 +30,7 @@ from shampoo_optax._paths import escaped, keys_of
 from shampoo_optax.checkpoint.compare import WHOLE
 from shampoo_optax.layout.block_layout import BlockLayout
 from shampoo_optax.layout.owners import held
+from shampoo_optax.linalg import packing
 
 FACTORS, ROOTS, FAILURES = "factors", "roots", "failures"
 Slots = Mapping[str, Any]  # of one parameter and block shape
@@ -96,8 +98,40 @@ def recut(
         cut, wanted = before.get(name, []), after.get(name, [])
         if cut != wanted and blocks.keys() != {WHOLE}:
             _check_nesting(name, cut, wanted)
-            found[name] = _recut(name, blocks, cut, wanted, new.largest_factor)
+            made = _recut(name, _squared(blocks), cut, wanted, new.largest_factor)
+            found[name] = _packed_as(blocks, made)
     return found
+
+
+def _mapped(blocks: Blocks, change: Callable[[Any], Any]) -> dict[str, Any]:
+    """Blocks with their factors and roots changed."""
+    return {
+        block: {
+            slot: np.asarray(change(jnp.asarray(array))) if _is_square(slot) else array
+            for slot, array in slots.items()
+        }
+        for block, slots in blocks.items()
+    }
+
+
+def _is_square(slot: str) -> bool:
+    field, dim = _field(slot)
+    return dim is not None and field in (FACTORS, ROOTS)
+
+
+def _squared(blocks: Blocks) -> dict[str, Any]:
+    """Packed factors and roots as they are without packing."""
+    return _mapped(blocks, lambda x: packing.unpack(x) if packing.is_packed(x) else x)
+
+
+def _packed_as(like: Blocks, blocks: Blocks) -> dict[str, Any]:
+    """Factors and roots packed, where those of ``like`` are."""
+    packed = any(
+        _is_square(slot) and packing.is_packed(array)
+        for slots in like.values()
+        for slot, array in slots.items()
+    )
+    return _mapped(blocks, packing.pack) if packed else dict(blocks)
 
 
 def _check_nesting(name: str, old: list[Place], new: list[Place]) -> None:

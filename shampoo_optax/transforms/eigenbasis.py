@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from shampoo_optax import _checks
 from shampoo_optax.linalg import bases, modes
+from shampoo_optax.linalg.rounding import rounded
 from shampoo_optax.transforms import factors as statistics
+from shampoo_optax.transforms._in_turn import in_turn
 from shampoo_optax.transforms._numbers import wide
 from shampoo_optax.transforms.factors import Matrices, Stacks, Statistics
 from shampoo_optax.transforms.moment import Moment, NullSpace
 from shampoo_optax.transforms.refresh import Refresh
+from shampoo_optax.transforms.state_dtypes import StateDtypes, restored
 from shampoo_optax.transforms.units import Share, Units, grouped, refreshed
 
 Refreshed = tuple[Matrices, Matrices, Matrices]  # bases, null spaces, failures
@@ -31,7 +34,7 @@ class EigenbasisState(NamedTuple):
     factors: Matrices  # sums or averages of Gram matrices
     bases: Matrices  # eigenvectors of the factors in columns, the identity at first
     null: Matrices  # {stack: {dimension: [n, d]}}, bool: columns of the null space
-    nu: Stacks  # second moments in the basis, float32 at least
+    nu: Stacks  # second moments in the basis, float32 at least where not told
     failures: Matrices  # [n], int32: refused refreshes in a row
 
 
@@ -48,6 +51,7 @@ def eigenbasis(
     weighted: bool = True,
     null_space: NullSpace = "share",
     ridge: ArrayLike = 0.0,
+    state_dtypes: StateDtypes = StateDtypes(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam's second moment in the eigenbases of the Kronecker factors: SOAP.
 
@@ -88,6 +92,8 @@ def eigenbasis(
         pseudo-inverse); ``"plain"`` as the reference system, at rounding's mercy.
       ridge: added to a factor's diagonal before its basis is computed, in units of
         squared gradients. Only :class:`bases.QR` sees it: Meta's ``epsilon``.
+      state_dtypes: in what precision factors, bases (``roots``) and the second moment
+        are kept, and whether factors are packed.
 
     Returns:
       The transformation.
@@ -124,13 +130,14 @@ def eigenbasis(
             key: _kept(x.shape[1:], largest_factor, ignored)
             for key, x in stacks.items()
         }
-        factors = statistics.zeros(stacks, dims)
+        factors = statistics.zeros(stacks, dims, state_dtypes)
+        first = statistics.identities(stacks, dims, state_dtypes.roots)
         return EigenbasisState(
             jnp.zeros([], jnp.int32),
             factors,
-            statistics.identities(stacks, dims),
-            jax.tree.map(lambda a: jnp.zeros(a.shape[:2], bool), factors),
-            {k: jnp.zeros(x.shape, wide(x.dtype)) for k, x in stacks.items()},
+            first,
+            jax.tree.map(lambda a: jnp.zeros(a.shape[:2], bool), first),
+            {k: _moment(x, state_dtypes.second_moment) for k, x in stacks.items()},
             statistics.no_failures(factors),
         )
 
@@ -146,7 +153,8 @@ def eigenbasis(
         del params, extra
         gradients = updates if raw_gradient is None else raw_gradient
         count = optax.safe_increment(state.count)
-        measure = partial(measured.measure, gradients, state.factors, state.bases)
+        seen = gradients, state.factors, state.bases
+        measure = partial(measured.measure, *seen, count=count)
         factors, samples = refresh.measured(count, measure, state.factors)
 
         def solve(share: Share, old: Refreshed) -> Refreshed:
@@ -165,6 +173,10 @@ def eigenbasis(
         return new_updates, EigenbasisState(count, factors, q, null, new_nu, failures)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _moment(stack: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    return jnp.zeros(stack.shape, dtype or wide(stack.dtype))
 
 
 def _dims(call: str, order: int, dims: Sequence[int]) -> tuple[int, ...]:
@@ -194,13 +206,22 @@ def _turned(
     count: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Adam's step in the bases of one stack: the update and the second moment."""
-    into = {int(d): jnp.swapaxes(m, -2, -1) for d, m in basis.items()}
-    out_of = {int(d): m for d, m in basis.items()}
-    seen = modes.mode_products(gradient.astype(nu.dtype), into)
-    nu = moment.accumulate(seen, nu, null)
-    turned = modes.mode_products(update.astype(nu.dtype), into)
-    turned = moment.divide(turned, nu, null, count)
-    return modes.mode_products(turned, out_of).astype(update.dtype), nu
+
+    def one(
+        old: tuple[jax.Array, jax.Array], given: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        (update, kept), (gradient, basis, null) = old, given
+        nu = kept.astype(wide(kept.dtype))
+        out_of = {int(d): m.astype(nu.dtype) for d, m in basis.items()}
+        into = {d: jnp.swapaxes(m, -2, -1) for d, m in out_of.items()}
+        seen = modes.mode_products(gradient.astype(nu.dtype), into)
+        nu = moment.accumulate(seen, nu, null)
+        turned = modes.mode_products(update.astype(nu.dtype), into)
+        turned = moment.divide(turned, nu, null, count)
+        turned = modes.mode_products(turned, out_of).astype(update.dtype)
+        return turned, rounded(nu, kept.dtype, count, stacked=True)
+
+    return in_turn(one, (update, nu), (gradient, basis, null), basis.values())
 
 
 def _refresh(
@@ -217,14 +238,17 @@ def _refresh(
 
         def solve(old: Refreshed, units: Units) -> Refreshed:
             vectors, null, failures = jax.tree.map(lambda x: x, old)  # to change
-            seen, before = units.take(factors), units.take(vectors)
+            before = units.take(vectors)
+            seen = restored(units.take(factors))
             batch = target(seen)
             if any(key in sizes for key, _ in units.members):
-                batch = statistics.apart(batch, units.take(_all(factors, sizes)))
-            found = bases.new_basis(basis, batch, before, ridge=ridge)
+                batch = statistics.apart(batch, units.take(_all(vectors, sizes)))
+            found = bases.new_basis(
+                basis, batch, bases.straightened(before), ridge=ridge
+            )
             good = found.accepted
             was, count = units.take(null), units.take(failures)
-            units.put(vectors, found.vectors)
+            units.put(vectors, found.vectors.astype(before.dtype))
             units.put(null, jnp.where(good[:, None], found.null, was))
             failed = ~good & statistics.measured_any(seen)
             units.put(failures, jnp.where(failed, count + 1, 0))
@@ -234,14 +258,14 @@ def _refresh(
     return old
 
 
-def _all(factors: Matrices, sizes: Matrices) -> Matrices:
+def _all(vectors: Matrices, sizes: Matrices) -> Matrices:
     """Sides of every block, also in stacks where nothing is filled."""
     return {
         key: {
-            dim: jnp.full(len(factor), factor.shape[-1], jnp.int32)
+            dim: jnp.full(len(basis), basis.shape[-1], jnp.int32)
             if key not in sizes
             else sizes[key][dim]
-            for dim, factor in by_dim.items()
+            for dim, basis in by_dim.items()
         }
-        for key, by_dim in factors.items()
+        for key, by_dim in vectors.items()
     }

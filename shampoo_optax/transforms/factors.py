@@ -8,12 +8,15 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from shampoo_optax import _checks
-from shampoo_optax.linalg import modes
+from shampoo_optax.linalg import modes, packing
+from shampoo_optax.linalg.rounding import rounded
+from shampoo_optax.transforms._in_turn import in_turn
 from shampoo_optax.transforms._numbers import bias_correction as correction_of
 from shampoo_optax.transforms._numbers import block_norm, new_weight, over, scalar, wide
+from shampoo_optax.transforms.state_dtypes import StateDtypes, restored, stored
 
 Stacks = dict[str, jax.Array]
 # {stack: {dimension: [n, d, d]}}; dimensions are strings so that a checkpoint can
@@ -48,20 +51,25 @@ class Statistics:
         factors: Matrices,
         roots: Matrices,
         sizes: Matrices | None = None,
+        *,
+        count: jax.Array,
     ) -> Matrices:
         """One step of the moving averages of the Gram matrices.
 
         Args:
           gradients: raw gradients.
-          factors: the averages so far.
+          factors: the averages so far, as they are kept.
           roots: the inverse roots in use; only a correction looks at them.
           sizes: sides of the blocks ``[n]``, of stacks where zeros fill some.
+          count: of the step.
 
         Returns:
           The new averages; those of a block whose gradient is not finite stay.
         """
         return {
-            key: self._measure(gradients[key], old, roots[key], (sizes or {}).get(key))
+            key: self._measure(
+                gradients[key], old, roots[key], (sizes or {}).get(key), count
+            )
             for key, old in factors.items()
         }
 
@@ -71,32 +79,49 @@ class Statistics:
         factors: dict[str, jax.Array],
         roots: dict[str, jax.Array],
         sizes: dict[str, jax.Array] | None,
+        count: jax.Array,
     ) -> dict[str, jax.Array]:
-        new = {}
         # The sum of squares is the trace of every Gram matrix of a block: one pass
         # over the gradient finds each NaN, Inf and overflow before it reaches a factor.
         squares = block_norm(gradients, batch_axes=1).reshape(-1, 1, 1)
         finite = jnp.isfinite(squares)
+        new = {}
         for dim, factor in factors.items():
-            dtype = factor.dtype
-            seen = self._seen(gradients, dim, roots)
-            gram = modes.gram(seen, int(dim), dtype)
-            if self.correction == "kl":
-                gram = gram * _one_over_others(gradients, int(dim), sizes, dtype)
-            weight = new_weight(self.b2 if self.weighted else 1.0, dtype)
-            decayed = scalar(self.b2, dtype) * factor + weight * gram
-            new[dim] = jnp.where(finite, decayed, factor)
+            others = {o: r for o, r in roots.items() if o != dim}
+            given = gradients, finite, others if self.correction else {}, sizes
+
+            def one(old: jax.Array, given: Any, dim: int = int(dim)) -> jax.Array:
+                return self._averaged(old, *given, dim=dim, count=count)
+
+            new[dim] = in_turn(one, factor, given, [factor])
         return new
 
-    def _seen(
-        self, gradients: jax.Array, dim: str, roots: dict[str, jax.Array]
+    def _averaged(
+        self,
+        old: jax.Array,
+        gradients: jax.Array,
+        finite: jax.Array,
+        others: dict[str, jax.Array],
+        sizes: dict[str, jax.Array] | None,
+        *,
+        dim: int,
+        count: jax.Array,
     ) -> jax.Array:
-        """The gradient as one dimension sees it: KL looks through the other roots."""
-        others = {int(other): root for other, root in roots.items() if other != dim}
-        if self.correction is None or not others:
-            return gradients
-        dtype = next(iter(others.values())).dtype
-        return modes.mode_products(gradients.astype(dtype), others)
+        """The average of one dimension's Gram matrices; ``others``: roots, for KL."""
+        dtype, packed = wide(old.dtype), packing.is_packed(old)
+        if others:  # KL looks through the other dimensions' roots
+            through = {int(other): restored(root) for other, root in others.items()}
+            gradients = gradients.astype(next(iter(through.values())).dtype)
+            gradients = modes.mode_products(gradients, through)
+        gram = modes.gram(gradients, dim, dtype)
+        if self.correction == "kl":
+            gram = gram * _one_over_others(gradients, dim, sizes, dtype)
+        # Packed before they meet: the average is never unpacked here.
+        gram = packing.pack(gram) if packed else gram
+        weight = new_weight(self.b2 if self.weighted else 1.0, dtype)
+        decayed = scalar(self.b2, dtype) * old.astype(dtype) + weight * gram
+        kept = rounded(decayed, old.dtype, count, stacked=True, packed=packed)
+        return jnp.where(finite, kept, old)
 
     def target(self, factors: jax.Array, count: jax.Array, eps: ArrayLike) -> jax.Array:
         """The matrices whose roots or bases are wanted, after ``count`` samples."""
@@ -141,24 +166,34 @@ def apart(matrices: jax.Array, sizes: jax.Array) -> jax.Array:
     return matrices + filled[:, None] * jnp.eye(len(places), dtype=matrices.dtype)[None]
 
 
-def zeros(stacks: Stacks, dims: dict[str, list[int]]) -> Matrices:
-    """Factors before the first step: zero, in float32 at least."""
+def zeros(stacks: Stacks, dims: dict[str, list[int]], kept: StateDtypes) -> Matrices:
+    """Factors before the first step: zero, in float32 at least where not told."""
+
+    def zero(stack: jax.Array, dim: int) -> jax.Array:
+        number, side, _ = shape = _shape(stack, dim)
+        shape = (number, *packing.packed_shape(side)) if kept.packed else shape
+        return jnp.zeros(shape, kept.factors or wide(stack.dtype))
+
     return {
-        key: {
-            str(dim): jnp.zeros(_shape(stacks[key], dim), wide(stacks[key].dtype))
-            for dim in of
-        }
+        key: {str(dim): zero(stacks[key], dim) for dim in of}
         for key, of in dims.items()
     }
 
 
-def identities(stacks: Stacks, dims: dict[str, list[int]]) -> Matrices:
+def identities(
+    stacks: Stacks,
+    dims: dict[str, list[int]],
+    dtype: DTypeLike | None = None,
+    *,
+    packed: bool = False,
+) -> Matrices:
     """Roots or bases before the first refresh: the identity."""
 
     def identity(stack: jax.Array, dim: int) -> jax.Array:
         shape = _shape(stack, dim)
         eye = jnp.eye(shape[-1], dtype=wide(stack.dtype))
-        return jnp.array(jnp.broadcast_to(eye, shape))
+        eye = stored(eye[None], dtype, packed=packed)
+        return jnp.array(jnp.broadcast_to(eye, (shape[0], *eye.shape[1:])))
 
     return {
         key: {str(dim): identity(stacks[key], dim) for dim in of}

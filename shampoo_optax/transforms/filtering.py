@@ -10,6 +10,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from shampoo_optax import _checks
+from shampoo_optax.linalg.rounding import rounded
 from shampoo_optax.transforms._numbers import over, scalar, wide
 
 
@@ -45,7 +46,9 @@ def filter_gradient(
       b3: decay of the average that is used in this step only, as in Lion and NAdam;
         None means ``b1``.
       bias_correction: divide by ``1 - b3 * b1**(t - 1)``.
-      mu_dtype: of the stored average; None means the dtype of the gradient.
+      mu_dtype: of the stored average; None means the dtype of the gradient. Where
+        bfloat16 is asked for, it is rounded so that it is right on average, see
+        :class:`StateDtypes`.
 
     Returns:
       The transformation.
@@ -75,6 +78,8 @@ def filter_gradient(
         updates: optax.Updates,
         state: FilterState,
         params: optax.Params | None = None,
+        *,
+        stacked: bool = False,
         **extra: Any,
     ) -> tuple[optax.Updates, FilterState]:
         count = optax.safe_increment(state.count)
@@ -96,8 +101,16 @@ def filter_gradient(
         else:
             filtered = jax.tree.map(lambda m, g: average(b3, m, g), state.mu, updates)
         filtered = jax.tree.map(corrected, filtered, updates)
-        mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
+
+        def kept(new: jax.Array, old: jax.Array) -> jax.Array:
+            if mu_dtype is None:  # the parameters' own: to the nearest, as Optax does
+                return new.astype(old.dtype)
+            return rounded(new, old.dtype, count, stacked=stacked)
+
+        mu = jax.tree.map(kept, mu, state.mu)
         extra["raw_gradient"] = updates
+        if stacked:
+            extra["stacked"] = True
         updates, inner_state = inner.update(filtered, state.inner, params, **extra)
         return updates, FilterState(count, mu, inner_state)
 

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from shampoo_optax import _checks
+from shampoo_optax.linalg.rounding import rounded
 from shampoo_optax.transforms._numbers import (
     NORM_EPS,
     block_norm,
@@ -31,7 +32,7 @@ class MagnitudeState(NamedTuple):
     """State of :func:`adagrad`, :func:`rmsprop` and :func:`adam`."""
 
     count: jax.Array  # type: ignore[assignment]  # [], int32: steps taken
-    nu: Any  # like the updates, float32 at least: second moments
+    nu: Any  # like the updates, float32 at least where not told: second moments
 
 
 def sgd() -> optax.GradientTransformationExtraArgs:
@@ -195,6 +196,53 @@ def normalized(
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
 
+def stored(
+    magnitude: optax.GradientTransformation, dtype: DTypeLike
+) -> optax.GradientTransformationExtraArgs:
+    """The same rule with its second moment in another dtype.
+
+    Updates are made of the moment before it is rounded; to bfloat16 it is rounded so
+    that it is right on average, see :class:`StateDtypes`.
+
+    Args:
+      magnitude: one of the rules of this module.
+      dtype: ``jnp.float32`` or ``jnp.bfloat16``.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      ValueError: the rule has a state, and none of this module (at init).
+
+    Example:
+      >>> stored(adam(), jnp.bfloat16).init(jnp.zeros(2)).nu
+      Array([0, 0], dtype=bfloat16)
+    """
+
+    def ours(node: Any) -> bool:
+        return isinstance(node, MagnitudeState)
+
+    def init_fn(params: optax.Params) -> Any:
+        state = magnitude.init(params)
+        nodes = jax.tree.leaves(state, is_leaf=ours)
+        if not all(map(ours, nodes)):
+            raise ValueError(
+                f"grafting.stored(..., {jnp.dtype(dtype).name}).init: the rule keeps "
+                f"{type(state).__name__}, whose update would give another dtype back; "
+                "wanted a rule of shampoo_optax.grafting. Leave the dtype of others to "
+                "them."
+            )
+
+        def cast(node: MagnitudeState) -> MagnitudeState:
+            nu = jax.tree.map(lambda x: x.astype(dtype), node.nu)
+            return node._replace(nu=nu)
+
+        return jax.tree.map(cast, state, is_leaf=ours)
+
+    update = optax.with_extra_args_support(magnitude).update
+    return optax.GradientTransformationExtraArgs(init_fn, update)
+
+
 def _second_moment(
     b2: ArrayLike,
     eps: ArrayLike,
@@ -215,6 +263,7 @@ def _second_moment(
         params: optax.Params | None = None,
         *,
         raw_gradient: optax.Updates | None = None,
+        stacked: bool = False,
         **extra: Any,
     ) -> tuple[optax.Updates, MagnitudeState]:
         del params, extra
@@ -222,6 +271,7 @@ def _second_moment(
         count = optax.safe_increment(state.count)
 
         def accumulate(nu: jax.Array, g: jax.Array) -> jax.Array:
+            nu = nu.astype(wide(nu.dtype))
             g = jnp.asarray(g, nu.dtype)
             weight = new_weight(b2 if weighted else 1.0, nu.dtype)
             return scalar(b2, nu.dtype) * nu + weight * (g * g)
@@ -232,7 +282,11 @@ def _second_moment(
             scaled = jnp.asarray(u, nu.dtype) / (jnp.sqrt(nu) + scalar(eps, nu.dtype))
             return scaled.astype(jnp.result_type(u))
 
+        def kept(new: jax.Array, old: jax.Array) -> jax.Array:
+            return rounded(new, old.dtype, count, stacked=stacked)
+
         nu = jax.tree.map(accumulate, state.nu, gradient)
-        return jax.tree.map(scale, updates, nu), MagnitudeState(count, nu)
+        updates = jax.tree.map(scale, updates, nu)
+        return updates, MagnitudeState(count, jax.tree.map(kept, nu, state.nu))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -15,9 +15,11 @@ from jax.typing import ArrayLike
 from shampoo_optax import _checks
 from shampoo_optax.linalg import bases, modes, roots
 from shampoo_optax.transforms import factors as statistics
+from shampoo_optax.transforms._in_turn import in_turn
 from shampoo_optax.transforms.exponents import Exponents, ExponentTable
 from shampoo_optax.transforms.factors import Correction, Matrices, Stacks, Statistics
 from shampoo_optax.transforms.refresh import Refresh
+from shampoo_optax.transforms.state_dtypes import StateDtypes, restored, stored_like
 from shampoo_optax.transforms.units import Share, Units, grouped, refreshed
 
 Refreshed = tuple[Matrices, Matrices, Matrices | None]  # roots, failures, bases
@@ -49,6 +51,7 @@ def kronecker(
     trace_scaling: float | None = None,
     correction: Correction | None = None,
     basis: bases.BasisMethod | None = None,
+    state_dtypes: StateDtypes = StateDtypes(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Precondition stacks of blocks by Kronecker factors: Shampoo's direction.
 
@@ -66,7 +69,8 @@ def kronecker(
     descends: ``<u, P u> >= 0``.
 
     Acts on stacks ``{"1024x384": [n, 1024, 384], ...}``: use it inside
-    :func:`blockwise`. Factors and roots are float32 at least.
+    :func:`blockwise`. Factors and roots are float32 at least, but where
+    ``state_dtypes`` says otherwise.
 
     A root that fails (non-finite, or a residual above ``root.max_residual``) is not
     used: its block keeps the old one and ``failures`` counts. A non-finite gradient
@@ -96,6 +100,8 @@ def kronecker(
         example ``bases.QR()`` (Meta's eigendecomposed form); ``root`` is then an
         :class:`roots.Eigh` (or an :class:`roots.Auto` with one for CPUs), which says
         what the eigenvalues become.
+      state_dtypes: in what precision factors and roots (with a ``basis``, that too)
+        are kept, and whether packed.
 
     Returns:
       The transformation.
@@ -140,13 +146,16 @@ def kronecker(
         for power in {power for of in powers.values() for power in of.values()}:
             root.check(1.0 / power)
         dims = {key: list(of) for key, of in powers.items()}
-        factors = statistics.zeros(stacks, dims)
+        factors, dtype = (
+            statistics.zeros(stacks, dims, state_dtypes),
+            state_dtypes.roots,
+        )
         return KroneckerState(
             jnp.zeros([], jnp.int32),
             factors,
-            statistics.identities(stacks, dims),
+            statistics.identities(stacks, dims, dtype, packed=state_dtypes.packed),
             statistics.no_failures(factors),
-            None if basis is None else statistics.identities(stacks, dims),
+            None if basis is None else statistics.identities(stacks, dims, dtype),
         )
 
     def update_fn(
@@ -164,7 +173,7 @@ def kronecker(
         measure: Callable[[], Matrices] = partial(dict, state.factors)
         if not refresh_only:  # see refresh_now
             count = optax.safe_increment(count)
-            measure = partial(measured.measure, *seen)
+            measure = partial(measured.measure, *seen, count=count)
         factors, samples = refresh.measured(count, measure, state.factors)
         powers = {key: table.of(stack) for key, stack in updates.items()}
 
@@ -232,14 +241,16 @@ def _refresh(
             roots, failures, cached = jax.tree.map(lambda x: x, old)  # to change
             vectors = None if cached is None else units.take(cached)
             before = units.take(roots), units.take(failures)
-            batch = units.take(factors)
-            found = solver(target(batch), vectors, power)
+            batch = restored(units.take(factors))
+            basis = None if vectors is None else bases.straightened(vectors)
+            found = solver(target(batch), basis, power)
             keep = ~found[1]
-            units.put(roots, jnp.where(keep[:, None, None], before[0], found[0]))
+            root = stored_like(found[0], before[0])
+            units.put(roots, jnp.where(keep[:, None, None], before[0], root))
             failed = keep & statistics.measured_any(batch)
             units.put(failures, jnp.where(failed, before[1] + 1, 0))
-            if cached is not None and found[2] is not None:
-                units.put(cached, found[2])
+            if cached is not None and vectors is not None and found[2] is not None:
+                units.put(cached, found[2].astype(vectors.dtype))
             return roots, failures, cached
 
         old = share.run(factors, members, solve, old)
@@ -248,8 +259,13 @@ def _refresh(
 
 def _apply(updates: jax.Array, by_dim: dict[str, jax.Array]) -> jax.Array:
     """Multiply the roots onto a stack, in their precision; its dtype comes back."""
-    matrices = {int(dim): matrix for dim, matrix in by_dim.items()}
-    if not matrices:
+    if not by_dim:
         return updates
-    dtype = next(iter(matrices.values())).dtype
-    return modes.mode_products(updates.astype(dtype), matrices).astype(updates.dtype)
+
+    def one(updates: jax.Array, by_dim: dict[str, jax.Array]) -> jax.Array:
+        matrices = {int(dim): restored(matrix) for dim, matrix in by_dim.items()}
+        dtype = next(iter(matrices.values())).dtype
+        new = modes.mode_products(updates.astype(dtype), matrices)
+        return new.astype(updates.dtype)
+
+    return in_turn(one, updates, by_dim, by_dim.values())

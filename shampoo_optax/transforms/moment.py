@@ -43,7 +43,7 @@ class Moment:
 
         Args:
           seen: the gradient in the basis, ``[n, d_1, ..., d_k]``.
-          old: the moment so far.
+          old: the moment so far, in the dtype of ``seen``.
           null: by dimension ``[n, d]``, directions of the null space.
 
         Returns:

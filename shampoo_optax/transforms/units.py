@@ -8,16 +8,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from shampoo_optax.transforms._in_turn import LARGE
 from shampoo_optax.transforms.factors import Matrices
 from shampoo_optax.transforms.refresh import Refresh
 
 T = TypeVar("T")
 Member = tuple[str, str]  # stack and dimension
-
-
-# From this size on one matrix product fills a device, and a batch of them gains
-# nothing: matrices are solved one after another, in the memory of one.
-LARGE = 512
 
 
 class Units:
@@ -79,7 +75,7 @@ class Units:
     def run(self, solve: Callable[[T, Units], T], old: T) -> T:
         """Solve them, all in one call or one after another."""
         key, dim = self.members[0]
-        if self.matrices[key][dim].shape[-1] < LARGE or self.size == 1:
+        if self.matrices[key][dim].shape[-2] < LARGE or self.size == 1:
             return solve(old, self)
         first = jnp.zeros([], jnp.int32) if self.first is None else self.first
 
@@ -152,7 +148,8 @@ def grouped(
     for key, by_dim in matrices.items():
         for dim, matrix in by_dim.items():
             value = None if static is None else static[key][int(dim)]
-            same = (matrix.shape[-1], matrix.dtype, value)
+            # Both sides: two sizes may be equally wide where they are packed.
+            same = (matrix.shape[-2:], matrix.dtype, value)
             groups.setdefault(same, []).append((key, dim))
     return list(groups.values())
 
