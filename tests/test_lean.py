@@ -431,6 +431,21 @@ def test_float64_parameters(alias: Any, dtype: Any) -> None:
         assert not helpers.type_changes(params, updates)
 
 
+@pytest.mark.parametrize("kept", [LEANEST, so.StateDtypes(roots=BF16)])
+@pytest.mark.parametrize("alias", [so.shampoo, so.soap])
+def test_a_running_adam_goes_on_lean(alias: Any, kept: so.StateDtypes) -> None:
+    params, adam = helpers.parameters(), optax.adam(1e-3)
+    _, before = helpers.run(adam, params, 3)
+    tx = alias(1e-3, layout=LAYOUT, refresh=so.Refresh(2), state_dtypes=kept)
+    fresh = tx.init(params)
+    state = so.from_adam(before, tx, params, LAYOUT)
+    gradients = [helpers.gradients(params, step) for step in range(2)]
+    state = so.warm_up(tx, state, params, gradients)
+    assert not helpers.type_changes(fresh, state)
+    updates, _ = tx.update(gradients[0], state, params)
+    assert all(bool(jnp.isfinite(u).all()) for u in jax.tree.leaves(updates))
+
+
 def test_what_does_not_fit_is_said() -> None:
     with pytest.raises(ValueError, match=r"StateDtypes\(roots=.*must be jnp.float32"):
         so.StateDtypes(roots=jnp.float16)
