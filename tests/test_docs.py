@@ -54,7 +54,7 @@ def test_there_is_a_program_for_every_mode() -> None:
 def test_memory(capsys: pytest.CaptureFixture[str]) -> None:
     for heading, program in _programs("memory.md").items():
         exec(compile(program, heading, "exec"), {})
-    assert "8.1 bytes a parameter" in capsys.readouterr().out
+    assert "8.0 bytes a parameter" in capsys.readouterr().out
 
 
 def test_checkpoints() -> None:

@@ -22,6 +22,7 @@ from shampoo_optax.transforms import _in_turn
 from tests import helpers
 from tests.test_sharded import (
     BLOCK,
+    EXPLICIT,
     LATE,
     MERGED,
     MODES,
@@ -387,6 +388,21 @@ def test_leanest_on_many_devices_without_determinism() -> None:
     assert max(map(_distance, found, wanted)) <= 2.0**-7
     close = [_distance(*pair) <= 5e-6 for pair in zip(found, wanted, strict=True)]
     assert sum(close) >= len(close) // 2
+
+
+def test_explicit_axes() -> None:
+    mode = MODES["fsdp8"]
+    layout = so.BlockLayout(BLOCK, mesh=mode.mesh(EXPLICIT), block_axes=mode.block_axes)
+    tx = so.shampoo(1e-2, layout=layout, refresh=so.Refresh(2), state_dtypes=LEANEST)
+    params = mode.place(mode.like(), EXPLICIT)
+    where = so.state_shardings(tx, params, layout)
+    state = jax.jit(tx.init, out_shardings=where)(params)
+    for step in range(3):
+        gradients = mode.place(helpers.gradients(mode.like(), step), EXPLICIT)
+        updates, new = jax.jit(tx.update)(gradients, state, params)
+        assert not helpers.type_changes(state, new)
+        assert not helpers.type_changes(gradients, updates)
+        state = new
 
 
 BARS = {"float32": 24.5, "lean": 12.1, "leanest": 8.1}
