@@ -177,12 +177,14 @@ def _measured(old: Any, new: Any) -> Any:
 
 def _turned(nu: jax.Array, old: Arrays, new: Arrays) -> jax.Array:
     """A second moment in other bases, of entries without correlation."""
-    shares = {}
+    shares, dtype = {}, wide(nu.dtype)
     for dim, basis in new.items():
-        back = jnp.swapaxes(basis, -2, -1)
-        turn = modes.mode_products(back, {1: jnp.swapaxes(old[dim], -2, -1)})
+        back, before = (
+            jnp.swapaxes(x.astype(dtype), -2, -1) for x in (basis, old[dim])
+        )
+        turn = modes.mode_products(back, {1: before})
         shares[int(dim)] = turn * turn
-    return modes.mode_products(nu, shares)
+    return modes.mode_products(nu.astype(dtype), shares).astype(nu.dtype)
 
 
 def _is(kinds: Collection[str]) -> Callable[[Any], bool]:

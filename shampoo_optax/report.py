@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import optax
 
+from shampoo_optax._paths import Path
 from shampoo_optax.layout.block_layout import BlockLayout
 from shampoo_optax.layout.merging import cost
 from shampoo_optax.layout.plan import Box, Leaf, Plan
@@ -16,6 +17,8 @@ from shampoo_optax.shardings import state_shardings
 from shampoo_optax.transforms._tree import Tree
 
 EXCHANGED = 4  # bytes of an element on the wire: float32
+# What a state's fields are called where it is large; counters and flags are others.
+PARTS = ("factors", "roots", "bases", "mu", "nu", "trace")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Description:
       sent_bytes: a device receives in a step, gradients in and updates out.
       balance: what slots cost over what blocks cost: dead slots, and zeros that fill.
       state_bytes: of one device's state; None without an optimizer.
+      state_parts: the same by field: ``factors``, ``roots``, ``mu``.
       advice: what would serve better, if anything.
     """
 
@@ -40,6 +44,7 @@ class Description:
     balance: float
     state_bytes: int | None
     advice: tuple[str, ...]
+    state_parts: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """A page for a terminal."""
@@ -51,11 +56,13 @@ class Description:
         lines.append(f"balance: {self.balance:.2f} times an equal share of the blocks")
         lines.append(f"exchange: {self.sent_bytes / 1e6:.3g} MB a step and device")
         if self.state_bytes is not None:
-            each = self.state_bytes * self.devices / max(1, self.parameters)
+            share = self.devices / max(1, self.parameters)
             lines.append(
-                f"state: {self.state_bytes / 1e6:.3g} MB a device, {each:.1f} bytes a "
-                "parameter in all"
+                f"state: {self.state_bytes / 1e6:.3g} MB a device, "
+                f"{self.state_bytes * share:.1f} bytes a parameter in all"
             )
+            parts = [f"{n} {held * share:.1f}" for n, held in self.state_parts.items()]
+            lines.append(f"  of which {', '.join(parts)}")
         return "\n".join(lines + [f"advice: {text}" for text in self.advice])
 
 
@@ -88,6 +95,7 @@ def describe(
       balance: 1.00 times an equal share of the blocks
       exchange: 0 MB a step and device
       state: 0.00104 MB a device, 26.0 bytes a parameter in all
+        of which factors 8.4, roots 8.4, mu 4.0, nu 4.0, others 1.2
     """
     tree = Tree(params, layout)
     plan = tree.plan
@@ -99,6 +107,7 @@ def describe(
         key: (sum(number for _, number in _boxes(plan, key)), shape[0])
         for key, shape in plan.stacks.items()
     }
+    parts = {} if tx is None else _state(tx, params, layout)
     return Description(
         parameters=sum(math.prod(leaf.shape) for leaf in plan.leaves),
         devices=plan.devices,
@@ -106,8 +115,9 @@ def describe(
         stacks=stacks,
         sent_bytes=_sent(plan),
         balance=_balance(plan),
-        state_bytes=None if tx is None else _state(tx, params, layout),
+        state_bytes=None if tx is None else sum(parts.values()),
         advice=tuple(_advice(plan, stacks, layout)),
+        state_parts=parts,
     )
 
 
@@ -171,15 +181,27 @@ def _sent(plan: Plan) -> float:
 
 def _state(
     tx: optax.GradientTransformation, params: optax.Params, layout: BlockLayout
-) -> int:
-    leaves = jax.tree.leaves(jax.eval_shape(tx.init, params))
-    if not layout.block_axes:
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-    where = jax.tree.leaves(state_shardings(tx, params, layout))
-    return sum(
-        math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x, sharding in zip(leaves, where, strict=True)
-    )
+) -> dict[str, int]:
+    """Bytes of one device's state by the field that holds them, the most first."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(tx.init, params))
+    shapes = [tuple(leaf.shape) for _, leaf in leaves]
+    if layout.block_axes:
+        where = jax.tree.leaves(state_shardings(tx, params, layout))
+        pairs = zip(where, shapes, strict=True)
+        shapes = [sharding.shard_shape(shape) for sharding, shape in pairs]
+    found: dict[str, int] = {}
+    for (path, leaf), shape in zip(leaves, shapes, strict=True):
+        part = _part(path) if leaf.ndim else "others"
+        held = math.prod(shape) * leaf.dtype.itemsize
+        found[part] = found.get(part, 0) + held
+    return dict(sorted(found.items(), key=lambda item: (item[0] == "others", -item[1])))
+
+
+def _part(path: Path) -> str:
+    """The field of a state that an array is in."""
+    fields = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+    known = [name for name in fields if name in PARTS]
+    return known[-1] if known else "others"
 
 
 def _advice(

@@ -53,6 +53,12 @@ def test_there_is_a_program_for_every_mode() -> None:
     assert len(MODES) == 8
 
 
+def test_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    for heading, program in _programs("memory.md").items():
+        exec(compile(program, heading, "exec"), {})
+    assert "8.0 bytes a parameter" in capsys.readouterr().out
+
+
 def test_checkpoints() -> None:
     names: dict[str, Any] = {}
     for heading, program in _programs("checkpoints.md").items():

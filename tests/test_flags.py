@@ -16,6 +16,7 @@ import shampoo_optax as so
 from tests import helpers
 
 REFRESH = so.Refresh(precondition_frequency=2, start_preconditioning_step=1)
+LEANEST = so.StateDtypes(*[jnp.bfloat16] * 4, packed=True)
 OPTIMIZERS = {
     "shampoo": lambda: so.scale_by_shampoo(refresh=REFRESH),
     "parts": lambda: so.blockwise(
@@ -60,6 +61,12 @@ OPTIMIZERS = {
         refresh=REFRESH, basis=so.bases.QR(), grafting=so.grafting.adam()
     ),
     "spectral": lambda: so.scale_by_spectral_descent(),
+    "lean": lambda: so.scale_by_shampoo(
+        refresh=REFRESH, correction="kl", state_dtypes=LEANEST
+    ),
+    "lean_soap": lambda: so.scale_by_soap(
+        refresh=REFRESH, basis=so.bases.QR(), state_dtypes=LEANEST
+    ),
 }
 # A matrix, a kernel that folds to the same one, a vector and a scalar: few shapes,
 # because eager mode compiles every primitive for each of them, under each flag.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +18,11 @@ from benchmarks import lean as bench
 from shampoo_optax.checkpoint import abstract_view, from_param_view, to_param_view
 from shampoo_optax.linalg import packing
 from shampoo_optax.linalg.rounding import rounded
+from shampoo_optax.transforms import _in_turn
 from tests import helpers
 from tests.test_sharded import (
     BLOCK,
+    EXPLICIT,
     LATE,
     MERGED,
     MODES,
@@ -236,6 +239,63 @@ def _updates(name: str, kind: str, steps: int) -> list[Any]:
     return helpers.run(tx, params, steps)[0]
 
 
+def _one_more(alias: Any, kept: so.StateDtypes) -> Any:
+    """A step without a refresh, from the same state."""
+    like = {"w": jnp.zeros((16, 24)), "edge": jnp.zeros((20, 8))}
+    refresh = so.Refresh(100, 3)
+    tx = alias(layout=so.BlockLayout(8), refresh=refresh, state_dtypes=kept)
+    _, state = helpers.run(tx, like, 4)
+    return lambda: jax.jit(lambda g, s: tx.update(g, s))(
+        helpers.gradients(like, 9), state
+    )
+
+
+def _loops(step: Callable[[], Any]) -> int:
+    # A new function each time: JAX remembers what it made of an old one.
+    return str(jax.make_jaxpr(lambda: step())()).count("= scan[")
+
+
+@pytest.mark.parametrize(
+    ("alias", "kept"),
+    [
+        (so.scale_by_shampoo, PACKED),
+        (functools.partial(so.scale_by_shampoo, correction="kl"), PACKED),
+        (so.scale_by_soap, so.StateDtypes(roots=BF16)),
+    ],
+    ids=["shampoo", "kl", "soap"],
+)
+def test_large_blocks_in_turn(
+    alias: Any, kept: so.StateDtypes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block after block is the same step; a loop more than at once."""
+    step = _one_more(alias, kept)
+    wanted, state = step()
+    monkeypatch.setattr(_in_turn, "LARGE", 8)
+    found, new = step()
+    assert _distance(*jax.tree.map(np.asarray, (found, wanted))) <= 5e-6
+    helpers.assert_close(new, state, rtol=1e-5, atol=1e-6)
+    looped = _loops(step)
+    monkeypatch.undo()
+    assert looped > _loops(step)
+
+
+def test_a_lean_step_holds_one_large_block_whole() -> None:
+    """Temporaries shrink with the state: no copy of all factors or roots beside it."""
+    like = {"w": jax.ShapeDtypeStruct((2048, 2048), F32)}
+
+    def temporaries(kept: so.StateDtypes) -> float:
+        tx = so.scale_by_shampoo(
+            layout=so.BlockLayout(512), refresh=so.Refresh(1, math.inf),
+            state_dtypes=kept,
+        )  # fmt: skip
+        state = jax.eval_shape(tx.init, like)
+        step = jax.jit(tx.update, donate_argnums=(0, 1)).lower(like, state).compile()
+        return step.memory_analysis().temp_size_in_bytes / 2048**2
+
+    plain, packed = temporaries(so.StateDtypes()), temporaries(PACKED)
+    assert packed <= plain - 3  # a byte less for each of a copy of the factors
+
+
 def _cosine(found: dict[str, Any], wanted: dict[str, Any]) -> float:
     """Of the array whose directions are farthest apart."""
     pairs = [(np.ravel(found[k]), np.ravel(wanted[k])) for k in wanted]
@@ -330,6 +390,21 @@ def test_leanest_on_many_devices_without_determinism() -> None:
     assert sum(close) >= len(close) // 2
 
 
+def test_explicit_axes() -> None:
+    mode = MODES["fsdp8"]
+    layout = so.BlockLayout(BLOCK, mesh=mode.mesh(EXPLICIT), block_axes=mode.block_axes)
+    tx = so.shampoo(1e-2, layout=layout, refresh=so.Refresh(2), state_dtypes=LEANEST)
+    params = mode.place(mode.like(), EXPLICIT)
+    where = so.state_shardings(tx, params, layout)
+    state = jax.jit(tx.init, out_shardings=where)(params)
+    for step in range(3):
+        gradients = mode.place(helpers.gradients(mode.like(), step), EXPLICIT)
+        updates, new = jax.jit(tx.update)(gradients, state, params)
+        assert not helpers.type_changes(state, new)
+        assert not helpers.type_changes(gradients, updates)
+        state = new
+
+
 BARS = {"float32": 24.5, "lean": 12.1, "leanest": 8.1}
 
 
@@ -353,6 +428,38 @@ def test_describe_counts_them() -> None:
     state = jax.tree.leaves(jax.eval_shape(tx.init, params))
     assert said.state_bytes == sum(x.size * x.dtype.itemsize for x in state)
     assert said.state_bytes / said.parameters < 8.5  # (32 + 1) / 32 of 8, and counters
+    parts, half = said.state_parts, 2 * 64 * 64
+    assert (parts["mu"], parts["nu"]) == (half, half)
+    assert parts["factors"] == parts["roots"] == 2 * 2 * 4 * 33 * 16
+    assert sum(parts.values()) == said.state_bytes and "of which factors" in str(said)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("alias", [so.scale_by_shampoo, so.scale_by_soap])
+def test_float64_parameters(alias: Any, dtype: Any) -> None:
+    with jax.enable_x64(True):
+        kept = so.StateDtypes(*[dtype] * 4, packed=True)
+        tx = alias(layout=LAYOUT, refresh=so.Refresh(1), state_dtypes=kept)
+        params = helpers.parameters(jnp.float64)
+        state = tx.init(params)
+        updates, new = jax.jit(tx.update)(helpers.gradients(params), state, params)
+        assert not helpers.type_changes(state, new)
+        assert not helpers.type_changes(params, updates)
+
+
+@pytest.mark.parametrize("kept", [LEANEST, so.StateDtypes(roots=BF16)])
+@pytest.mark.parametrize("alias", [so.shampoo, so.soap])
+def test_a_running_adam_goes_on_lean(alias: Any, kept: so.StateDtypes) -> None:
+    params, adam = helpers.parameters(), optax.adam(1e-3)
+    _, before = helpers.run(adam, params, 3)
+    tx = alias(1e-3, layout=LAYOUT, refresh=so.Refresh(2), state_dtypes=kept)
+    fresh = tx.init(params)
+    state = so.from_adam(before, tx, params, LAYOUT)
+    gradients = [helpers.gradients(params, step) for step in range(2)]
+    state = so.warm_up(tx, state, params, gradients)
+    assert not helpers.type_changes(fresh, state)
+    updates, _ = tx.update(gradients[0], state, params)
+    assert all(bool(jnp.isfinite(u).all()) for u in jax.tree.leaves(updates))
 
 
 def test_what_does_not_fit_is_said() -> None:

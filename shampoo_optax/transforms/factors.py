@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from shampoo_optax import _checks
+from shampoo_optax.layout.split import promoted
 from shampoo_optax.linalg import modes, packing
 from shampoo_optax.linalg.rounding import rounded
 from shampoo_optax.transforms._in_turn import in_turn
@@ -108,7 +109,8 @@ class Statistics:
         count: jax.Array,
     ) -> jax.Array:
         """The average of one dimension's Gram matrices; ``others``: roots, for KL."""
-        dtype, packed = wide(old.dtype), packing.is_packed(old)
+        dtype = promoted(wide(old.dtype), gradients.dtype)
+        packed = packing.is_packed(old)
         if others:  # KL looks through the other dimensions' roots
             through = {int(other): restored(root) for other, root in others.items()}
             gradients = gradients.astype(next(iter(through.values())).dtype)
