@@ -146,16 +146,14 @@ def kronecker(
         for power in {power for of in powers.values() for power in of.values()}:
             root.check(1.0 / power)
         dims = {key: list(of) for key, of in powers.items()}
-        factors, dtype = (
-            statistics.zeros(stacks, dims, state_dtypes),
-            state_dtypes.roots,
-        )
+        factors = statistics.zeros(stacks, dims, state_dtypes)
+        eye = partial(statistics.identities, stacks, dims, state_dtypes.roots)
         return KroneckerState(
             jnp.zeros([], jnp.int32),
             factors,
-            statistics.identities(stacks, dims, dtype, packed=state_dtypes.packed),
+            eye(packed=state_dtypes.packed),
             statistics.no_failures(factors),
-            None if basis is None else statistics.identities(stacks, dims, dtype),
+            None if basis is None else eye(),
         )
 
     def update_fn(
@@ -183,8 +181,7 @@ def kronecker(
         def target(batch: jax.Array) -> jax.Array:
             return measured.target(batch, samples, eps)
 
-        old = state.roots, state.failures, state.bases
-        new = refreshed(refresh, count, solve, old, at_once=refresh_only)
+        new = refreshed(refresh, count, solve, state[2:], at_once=refresh_only)
         updates = {key: _apply(x, new[0][key]) for key, x in updates.items()}
         return updates, KroneckerState(count, factors, *new)
 
