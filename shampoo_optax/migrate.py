@@ -179,9 +179,7 @@ def _turned(nu: jax.Array, old: Arrays, new: Arrays) -> jax.Array:
     """A second moment in other bases, of entries without correlation."""
     shares, dtype = {}, wide(nu.dtype)
     for dim, basis in new.items():
-        back, before = (
-            jnp.swapaxes(x.astype(dtype), -2, -1) for x in (basis, old[dim])
-        )
+        back, before = (x.astype(dtype).mT for x in (basis, old[dim]))
         turn = modes.mode_products(back, {1: before})
         shares[int(dim)] = turn * turn
     return modes.mode_products(nu.astype(dtype), shares).astype(nu.dtype)

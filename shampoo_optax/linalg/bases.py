@@ -220,7 +220,7 @@ def straightened(basis: jax.Array) -> jax.Array:
     Example:
       >>> turn = jnp.array([[[0.6, -0.8], [0.8, 0.6]]])
       >>> back = straightened(turn.astype(jnp.bfloat16))
-      >>> (back @ jnp.swapaxes(back, 1, 2)).round(5)
+      >>> (back @ jnp.swapaxes(back, 1, 2)).round(4)
       Array([[[1., 0.],
               [0., 1.]]], dtype=float32)
     """
