@@ -19,6 +19,7 @@ from shampoo_optax.checkpoint.moves import (
     begins_as_identity,
     cut,
     filled_up,
+    neighbours,
     nothing_in,
     sides_of,
     turned,
@@ -96,6 +97,4 @@ def _rows(pieces: dict[int, np.ndarray], rows: np.ndarray) -> np.ndarray:
 
 def _run(rows: np.ndarray) -> slice | np.ndarray:
     """Rows as a slice where they are neighbours in order."""
-    first = int(rows[0])
-    run = bool((rows == np.arange(first, first + len(rows))).all())
-    return slice(first, first + len(rows)) if run else rows
+    return slice(rows[0], rows[0] + len(rows)) if neighbours(rows) else rows

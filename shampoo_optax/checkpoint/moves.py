@@ -172,10 +172,14 @@ def turned(entry: Cut) -> tuple[bool, ...]:
     return tuple(entry.kind == "block" and m.box.turned for m in entry.members)
 
 
+def neighbours(rows: np.ndarray) -> bool:
+    """Whether rows lie one after another, in order."""
+    return bool((rows == np.arange(rows[0], rows[0] + len(rows))).all())
+
+
 def _places(rows: np.ndarray) -> np.ndarray:
     """Rows as data; of a run of neighbours the first."""
-    run = bool((rows == np.arange(rows[0], rows[0] + len(rows))).all())
-    return np.asarray(rows[0] if run else rows, np.int32)
+    return np.asarray(rows[0] if neighbours(rows) else rows, np.int32)
 
 
 @functools.lru_cache(maxsize=1024)

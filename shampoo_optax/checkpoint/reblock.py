@@ -221,8 +221,8 @@ def _add(
     into: np.ndarray, there: Slots, slot: str, dim: int, place: Place, piece: Place
 ) -> None:
     """What a piece of an old block adds to the factor of a new one."""
-    own, its = (x[dim] for x in _inside(place, piece))
-    _, cut = _inside(place, piece)
+    into_new, cut = _inside(place, piece)
+    own, its = into_new[dim], cut[dim]
     share = 1.0
     for other, inside in enumerate(cut):
         factor = there.get(f"{slot.rsplit('/', 1)[0]}/{other}")

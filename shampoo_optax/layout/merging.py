@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from shampoo_optax.layout.plan import Axes, Box, Group, Plan, Pool, Shape
 
 Stack = tuple[Shape, tuple[Group, ...]]
+# Shapes are laid in shelves of so many rows, by columns within a shelf.
+WIDTHS = (1, 8, 32, 128, 512)
+DOUBLINGS = 32  # of a stack's price; parts of blocks may not let stacks join at any
 
 
 def cost(shape: Shape) -> int:
@@ -67,23 +70,16 @@ def at_most(plan: Plan, number: int, largest: float) -> Plan:
     """
     stacks = [stack for stack in _stacks(plan) if max(stack[0]) <= largest]
     orders = [sorted(stacks, key=_by_rows(width)) for width in WIDTHS]
-    each = sum(map(_price, ([stack] for stack in stacks))) / (8 * number)
+    alone = sum(price for stack in stacks for _, price in _prices([stack]))
+    each = alone / (8 * number)
     runs: Sequence[Sequence[Stack]] = []
     for _ in range(DOUBLINGS):
-        _, runs = min((_best_runs(order, each) for order in orders), key=_first)
+        ways = [_best_runs(order, each) for order in orders]
+        _, runs = min(ways, key=operator.itemgetter(0))
         if len(runs) <= number:
             break
         each *= 2
     return _joined(plan, runs)
-
-
-# Shapes are laid in shelves of so many rows, by columns within a shelf.
-WIDTHS = (1, 8, 32, 128, 512)
-DOUBLINGS = 32  # of the price; parts of blocks may not let stacks join at any
-
-
-def _first(way: tuple[float, Any]) -> float:
-    return way[0]
 
 
 def _by_rows(width: int) -> Callable[[Stack], tuple[int, ...]]:
@@ -127,10 +123,6 @@ def _best_runs(
         runs.append(stacks[start:stop])
         stop = start
     return best[-1][0], runs[::-1]
-
-
-def _price(run: Sequence[Stack]) -> float:
-    return list(_prices(run))[-1][1]
 
 
 def _prices(stacks: Sequence[Stack]) -> Iterator[tuple[int, float]]:

@@ -46,20 +46,20 @@ def refresh_now(
       >>> (new / state.blocks.roots["2x2"]["0"])[0].diagonal().round(3)  # 16**(-1/4)
       Array([0.5, 0.5], dtype=float32)
     """
-    if not any(map(_has_roots, _nodes(state))):
+    if not any(map(_has_roots, jax.tree.leaves(state, is_leaf=_has_roots))):
         raise ValueError(
             "refresh_now(state=...): there are no inverse roots in it; wanted the "
             "state of shampoo, kl_shampoo or others with kronecker(...)."
         )
-    nothing = jax.tree.map(jnp.zeros_like, params)
 
     @jax.jit
     def renewed(state: Any, params: Any) -> Any:
+        nothing = jax.tree.map(jnp.zeros_like, params)
         return tx.update(nothing, state, params, refresh_only=True)[1]
 
-    new = renewed(state, params)
+    before, new = _inner_steps(state), renewed(state, params)
     for _ in range(MOST_STEPS):
-        if _inner_steps(new) != _inner_steps(state) or not _inner_steps(state):
+        if not before or _inner_steps(new) != before:
             return jax.tree.map(_with_roots, state, new, is_leaf=_has_roots)
         new = renewed(new, params)
     raise ValueError(
@@ -72,10 +72,6 @@ def _has_roots(node: Any) -> bool:
     return isinstance(node, KroneckerState)
 
 
-def _nodes(state: Any) -> list[Any]:
-    return jax.tree.leaves(state, is_leaf=_has_roots)
-
-
 def _with_roots(old: Any, new: Any) -> Any:
     if not _has_roots(old):
         return old
@@ -84,11 +80,9 @@ def _with_roots(old: Any, new: Any) -> Any:
 
 def _inner_steps(state: Any) -> list[int]:
     """How often wrappers that accumulate gradients have stepped."""
-    wrapped = jax.tree.leaves(
-        state, is_leaf=lambda node: isinstance(node, optax.MultiStepsState)
-    )
-    return [
-        int(node.gradient_step)
-        for node in wrapped
-        if isinstance(node, optax.MultiStepsState)
-    ]
+
+    def accumulates(node: Any) -> bool:
+        return isinstance(node, optax.MultiStepsState)
+
+    nodes = jax.tree.leaves(state, is_leaf=accumulates)
+    return [int(node.gradient_step) for node in filter(accumulates, nodes)]
