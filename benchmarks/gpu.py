@@ -4,12 +4,13 @@
   coupled Newton, of as many matrices as make 64 MB;
 - step: `update` on one eighth of the blocks of a Llama-like model of 953 million
   parameters, blocks of 1024: a device's share among eight, with frequency 1, and 10
-  staggered, beside AdamW on as many parameters;
+  staggered, beside AdamW on as many parameters. *Fast*: roots with `precision="fp16x3"`,
+  all other products with `precision="tf32"`;
 - training: a GPT of 124 million parameters on 64 x 1024 tokens in bfloat16, with AdamW
-  and with Shampoo at frequency 10.
+  and with Shampoo at frequency 10, staggered.
 
 Programs run in batches with one wait at the end of each, so the host is not measured;
-medians of the batches, after two of warm-up. `--quick` runs it all on a CPU, tiny.
+medians of the batches, after one of warm-up. `--quick` runs it all on a CPU, tiny.
 """
 
 from __future__ import annotations
@@ -36,10 +37,23 @@ METHODS: dict[str, Any] = {
     "eigh float32": roots.Eigh(double_precision=False),
     "minimax": roots.Minimax(),
     "minimax, all float32": roots.Minimax(double_first_step=False),
+    "minimax fp16x3": roots.Minimax(precision="fp16x3"),
+    "minimax fp16x3, no float64": roots.Minimax(
+        precision="fp16x3", double_first_step=False
+    ),
     "minimax bf16x3": roots.Minimax(precision="bf16x3"),
     "minimax tf32x3": roots.Minimax(precision="tf32x3"),
     "coupled Newton": roots.CoupledNewton(tolerance=1e-3),
 }
+
+
+FAST = {
+    "root": roots.Auto(accelerator=roots.Minimax(precision="fp16x3")),
+    "precision": "tf32",
+}
+PARTS = ("step", "training", "roots")
+# No measurement takes longer than this, in seconds, but for one batch and its warm-up.
+PATIENCE = 3.0
 
 
 @dataclass(frozen=True)
@@ -72,14 +86,14 @@ QUICK = Sizes(
 
 def milliseconds(step: Callable[[], Any], rounds: int, batch: int) -> float:
     """Of one call, from batches that are waited for as a whole."""
-    found = []
-    for _ in range(rounds + 2):
+    found: list[float] = []
+    while len(found) < rounds + 1 and not (len(found) > 1 and sum(found) > PATIENCE):
         begin = time.perf_counter()
         for _ in range(batch):
             last = step()
         jax.block_until_ready(last)
-        found.append(1e3 * (time.perf_counter() - begin) / batch)
-    return statistics.median(found[2:])
+        found.append(time.perf_counter() - begin)
+    return 1e3 * statistics.median(found[1:]) / batch
 
 
 def of_roots(sizes: Sizes) -> list[dict[str, Any]]:
@@ -127,9 +141,20 @@ class Run:
         return self.params
 
 
-def _shampoo(layout: so.BlockLayout, frequency: int) -> Any:
+def _shampoo(layout: so.BlockLayout, frequency: int, **options: Any) -> Any:
     refresh = so.Refresh(frequency, 1, staggered=frequency > 1)
-    return so.shampoo(1e-4, layout=layout, refresh=refresh)
+    return so.shampoo(1e-4, layout=layout, refresh=refresh, **options)
+
+
+def share_of(stacks: dict[str, Any], share: int) -> dict[str, tuple[int, ...]]:
+    """One of ``share`` equal parts of all blocks, those cut that are fewer."""
+    shapes = {}
+    for key, (number, *sides) in stacks.items():
+        if number < share:
+            longest = sides.index(max(sides))
+            sides[longest] = -(-number * sides[longest] // share)
+        shapes[key] = (-(-number // share), *sides)
+    return shapes
 
 
 def of_steps(sizes: Sizes) -> dict[str, float]:
@@ -140,14 +165,16 @@ def of_steps(sizes: Sizes) -> dict[str, float]:
     plan = so.BlockLayout(sizes.block).plan(names, [leaf.shape for leaf in like])
     key = jax.random.key(0)
     params = {
-        name: jax.random.normal(key, (-(-number // sizes.share), *sides))
-        for name, (number, *sides) in plan.stacks.items()
+        name: jax.random.normal(key, shape)
+        for name, shape in share_of(plan.stacks, sizes.share).items()
     }
-    found = {}
+    found: dict[str, float] = {}
     for name, tx in {
         "adamw": optax.adamw(1e-4),
         "shampoo, frequency 1": _shampoo(layout, 1),
-        "shampoo, frequency 10, staggered": _shampoo(layout, 10),
+        "shampoo, frequency 10": _shampoo(layout, 10),
+        "shampoo, fast, frequency 1": _shampoo(layout, 1, **FAST),
+        "shampoo, fast, frequency 10": _shampoo(layout, 10, **FAST),
     }.items():
         run = Run(tx, params, lambda params: params)
         found[name] = milliseconds(run, sizes.rounds, sizes.batch)
@@ -168,7 +195,8 @@ def of_training(sizes: Sizes) -> dict[str, float]:
     found = {}
     for name, tx in {
         "adamw": optax.adamw(1e-4),
-        "shampoo, frequency 10, staggered": _shampoo(layout, 10),
+        "shampoo": _shampoo(layout, 10),
+        "shampoo, fast": _shampoo(layout, 10, **FAST),
     }.items():
         run = Run(tx, params, gradient)
         found[name] = milliseconds(run, sizes.rounds, sizes.batch)
@@ -177,31 +205,38 @@ def of_training(sizes: Sizes) -> dict[str, float]:
     return found
 
 
+def show(part: str, found: Any) -> str:
+    """The table of a part."""
+    if part == "roots":
+        rows = [
+            [f"{r['n']} {r['method']}"]
+            + ([None, None, None] if "refused" in r else [r["matrices"], r["ms"]])
+            + ([] if "refused" in r else [f"{r['root_error']:.1e}"])
+            for r in found
+        ]
+        headers = ["n, method", "matrices", "ms", "root error"]
+        return f"Inverse fourth roots, eps_rel 1e-6\n{common.table(headers, rows)}"
+    lines = {k: v for k, v in found.items() if k != "parameters"}
+    rows = [[name, ms, ms / lines["adamw"]] for name, ms in lines.items()]
+    table = common.table(["optimizer", "ms", "x adamw"], rows)
+    title = {"step": "update alone", "training": "training step"}[part]
+    return f"The {title}, {found['parameters'] / 1e6:.1f} million parameters\n{table}"
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print the tables, write the JSON."""
-    args = common.arguments(__doc__ or "", "gpu").parse_args(argv)
+    """Measure, print the tables, write the JSON after each."""
+    parser = common.arguments(__doc__ or "", "gpu")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    args = parser.parse_args(argv)
     sizes = QUICK if args.quick else Sizes()
     env = common.environment()
     print(common.heading(env))
-    results: dict[str, Any] = {"environment": env, "roots": of_roots(sizes)}
-    print("\nInverse fourth roots, eps_rel 1e-6")
-    rows = [
-        [f"{r['n']} {r['method']}"]
-        + ([None, None, None] if "refused" in r else [r["matrices"], r["ms"]])
-        + ([] if "refused" in r else [f"{r['root_error']:.1e}"])
-        for r in results["roots"]
-    ]
-    print(common.table(["n, method", "matrices", "ms", "root error"], rows))
-    for name, measure in (("step", of_steps), ("training", of_training)):
-        found = results[name] = measure(sizes)
-        millions = found["parameters"] / 1e6
-        title = {"step": "update alone", "training": "training step"}[name]
-        print(f"\nThe {title}, {millions:.1f} million parameters")
-        lines = {k: v for k, v in found.items() if k != "parameters"}
-        base = lines["adamw"]
-        rows = [[name, ms, ms / base] for name, ms in lines.items()]
-        print(common.table(["optimizer", "ms", "x adamw"], rows))
-    common.save(args, "gpu", results)
+    results: dict[str, Any] = {"environment": env}
+    measures = {"step": of_steps, "training": of_training, "roots": of_roots}
+    for part in args.parts:
+        results[part] = measures[part](sizes)
+        print(f"\n{show(part, results[part])}", flush=True)
+        common.save(args, "gpu", results)
     return 0
 
 

@@ -43,6 +43,7 @@ def shampoo(
     bias_correction: bool = True,
     mu_dtype: DTypeLike | None = None,
     state_dtypes: StateDtypes = StateDtypes(),
+    precision: str = "highest",
     weight_decay_type: Kind = "decoupled",
     peak_learning_rate: ArrayLike | None = None,
     momentum: ArrayLike | None = None,
@@ -76,6 +77,7 @@ def shampoo(
       bias_correction: of the average and of the factors.
       mu_dtype: of the stored average; None means the parameters' dtype.
       state_dtypes: of all that is stored, see :class:`StateDtypes`.
+      precision: of products on a GPU or TPU, see :func:`kronecker`.
       weight_decay_type: ``"l2"``, ``"decoupled"``, ``"corrected"`` or
         ``"independent"``, see :func:`add_weight_decay`.
       peak_learning_rate: for the last two with a schedule.
@@ -136,6 +138,7 @@ def shampoo(
         bias_correction=bias_correction,
         mu_dtype=mu_dtype,
         state_dtypes=state_dtypes,
+        precision=precision,
     )
     after: list[optax.GradientTransformation] = []
     if momentum is not None:
@@ -161,6 +164,7 @@ def kl_shampoo(
     graft_scope: Scope = "block",
     mu_dtype: DTypeLike | None = None,
     state_dtypes: StateDtypes = StateDtypes(),
+    precision: str = "highest",
     weight_decay_type: Kind = "decoupled",
     peak_learning_rate: ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -185,6 +189,7 @@ def kl_shampoo(
       graft_scope: what has one norm.
       mu_dtype: of the stored average.
       state_dtypes: of all that is stored.
+      precision: of products on a GPU or TPU, see :func:`kronecker`.
       weight_decay_type: see :func:`add_weight_decay`.
       peak_learning_rate: see :func:`add_weight_decay`.
 
@@ -218,6 +223,7 @@ def kl_shampoo(
         correction="kl",
         mu_dtype=mu_dtype,
         state_dtypes=state_dtypes,
+        precision=precision,
         weight_decay_type=weight_decay_type,
         peak_learning_rate=peak_learning_rate,
     )

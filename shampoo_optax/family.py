@@ -41,6 +41,7 @@ def soap(
     null_space: NullSpace = "share",
     mu_dtype: DTypeLike | None = None,
     state_dtypes: StateDtypes = StateDtypes(),
+    precision: str = "highest",
 ) -> optax.GradientTransformationExtraArgs:
     """SOAP: Adam in the eigenbases of Shampoo's factors.
 
@@ -67,6 +68,7 @@ def soap(
       null_space: see :func:`eigenbasis`.
       mu_dtype: of the stored average; None means the parameters' dtype.
       state_dtypes: of all that is stored, see :class:`StateDtypes`.
+      precision: of products on a GPU or TPU, see :func:`kronecker`.
 
     Returns:
       The optimizer.
@@ -102,6 +104,7 @@ def soap(
         null_space=null_space,
         mu_dtype=mu_dtype,
         state_dtypes=state_dtypes,
+        precision=precision,
     )
     return chained("soap", scaled, learning_rate, decay)
 

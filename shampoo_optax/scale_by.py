@@ -46,6 +46,7 @@ def scale_by_shampoo(
     bias_correction: bool = True,
     mu_dtype: DTypeLike | None = None,
     state_dtypes: StateDtypes = StateDtypes(),
+    precision: str = "highest",
 ) -> optax.GradientTransformationExtraArgs:
     """Rescale updates according to Shampoo, with grafting.
 
@@ -71,6 +72,7 @@ def scale_by_shampoo(
         own).
       mu_dtype: of the stored average; None means the parameters' dtype.
       state_dtypes: of all that is stored, see :class:`StateDtypes`.
+      precision: of products on a GPU or TPU, see :func:`kronecker`.
 
     Returns:
       The transformation; its updates have the unit of the magnitude rule's.
@@ -101,6 +103,7 @@ def scale_by_shampoo(
         bias_correction=bias_correction,
         correction=correction,
         state_dtypes=state_dtypes,
+        precision=precision,
     )
     grafting = _stored(grafting, state_dtypes)
     if exponents is not None:  # they may tell rows from columns
@@ -128,6 +131,7 @@ def scale_by_soap(
     bias_correction: bool = True,
     mu_dtype: DTypeLike | None = None,
     state_dtypes: StateDtypes = StateDtypes(),
+    precision: str = "highest",
 ) -> optax.GradientTransformationExtraArgs:
     """Rescale updates by Adam in the eigenbases of Shampoo's factors: SOAP.
 
@@ -148,6 +152,7 @@ def scale_by_soap(
       bias_correction: of the average, the factors and the second moment.
       mu_dtype: of the stored average; None means the parameters' dtype.
       state_dtypes: of all that is stored, see :class:`StateDtypes`.
+      precision: of products on a GPU or TPU, see :func:`kronecker`.
 
     Returns:
       The transformation; its updates have the unit of Adam's.
@@ -177,6 +182,7 @@ def scale_by_soap(
         bias_correction=bias_correction,
         null_space=null_space,
         state_dtypes=state_dtypes,
+        precision=precision,
     )
     mu_dtype = _momentum("scale_by_soap", mu_dtype, state_dtypes)
     average = _Average(b1, _ahead(b1, b3), bias_correction, mu_dtype)

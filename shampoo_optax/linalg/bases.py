@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from shampoo_optax.linalg.modes import PRECISION
 from shampoo_optax.linalg.per_matrix import per_matrix_on_cpu
+from shampoo_optax.linalg.precisions import PRECISION
 from shampoo_optax.linalg.scaling import prescale, unscale
 
 

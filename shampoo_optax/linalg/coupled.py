@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from shampoo_optax.linalg.modes import PRECISION
+from shampoo_optax.linalg.precisions import PRECISION
 
 
 class Iteration(NamedTuple):

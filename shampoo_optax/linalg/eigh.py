@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from shampoo_optax.linalg.method import Solution
-from shampoo_optax.linalg.modes import PRECISION
 from shampoo_optax.linalg.per_matrix import per_matrix_on_cpu
+from shampoo_optax.linalg.precisions import PRECISION
 from shampoo_optax.linalg.scaling import Damping
 
 

@@ -15,20 +15,27 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from shampoo_optax.linalg.coupled import identity_like
 from shampoo_optax.linalg.method import Solution
 from shampoo_optax.linalg.minimax_table import TABLE, Row
-from shampoo_optax.linalg.modes import PRECISION
+from shampoo_optax.linalg.precisions import (
+    PRECISION,
+    SPLIT,
+    Arithmetic,
+    Product,
+    arithmetic,
+    symmetric,
+    whole,
+)
 from shampoo_optax.linalg.scaling import Damping
-from shampoo_optax.linalg.spectrum import Product, norm, spectrum
+from shampoo_optax.linalg.spectrum import spectrum
 
-PRECISIONS: dict[str, lax.PrecisionLike] = {
-    "highest": PRECISION,
-    "bf16x3": lax.DotAlgorithmPreset.BF16_BF16_F32_X3,
-    "bf16x6": lax.DotAlgorithmPreset.BF16_BF16_F32_X6,
-    "tf32x3": lax.DotAlgorithmPreset.TF32_TF32_F32_X3,
-}
+# What the steps converge with; on a GPU, and on any accelerator.
+PRECISIONS_OF_ROOTS = ("highest", "bf16x6", "bf16x3", "tf32x3", SPLIT)
+# Columns of signs on which the residual is measured.
+PROBES = 8
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,9 @@ class Minimax:
 
     Equals ``X h_1(M_0) h_2(M_1) ...`` with ``M_{k+1} = h_k(M_k)^p M_k`` and ``M_0 = (A
     + delta I) / s``, ``s >= lambda_max``. For ``p = 4`` and ``smallest_eps_rel=1e-6``
-    it takes 30 products of whole matrices, the residual and ``s`` included, where
-    :class:`CoupledNewton` takes 70. The residual is ``||M - I||_F / sqrt(d)``.
+    it takes 27 products of whole matrices, the residual and ``s`` included, where
+    :class:`CoupledNewton` takes 70. The residual is ``||M - I||_F / sqrt(d)`` after the
+    last step, as eight columns of signs tell it.
 
     Args:
       smallest_eps_rel: the smallest damping, relative to the largest eigenvalue, for
@@ -47,9 +55,9 @@ class Minimax:
         it are damped as if they were there, and where there are many of those the
         residual tells, and the root is refused.
       precision: of the products: ``"highest"`` (float32), or on a GPU or TPU
-        ``"bf16x6"``, ``"bf16x3"``, and on a GPU ``"tf32x3"``: sums of three or six
-        products in fewer bits. With three, relative damping below 1e-4 costs a percent
-        of the direction. On a CPU all are float32.
+        ``"bf16x6"``, ``"bf16x3"``, and on a GPU ``"tf32x3"`` or ``"fp16x3"``: sums of
+        three or six products in fewer bits. ``"bf16x3"`` wants relative damping of
+        1e-4. On a CPU all are float32.
       double_first_step: compute two products of the first step in float64. All but a
         hundredth of the rounding arises there. None, the default, does so everywhere
         but on TPUs, which have no float64; False is for GPUs where it is slow (data
@@ -62,7 +70,7 @@ class Minimax:
     Example:
       >>> method = Minimax()
       >>> method.matmuls(2), method.matmuls(4), method.matmuls(8)
-      (32, 30, 36)
+      (30, 27, 32)
 
     Source: the coupled iteration is that of Guo and Higham, `A Schur-Newton Method for
     the Matrix pth Root and its Inverse <https://doi.org/10.1137/050643374>`_, 2006; the
@@ -82,11 +90,11 @@ class Minimax:
                 f"roots.Minimax(smallest_eps_rel={self.smallest_eps_rel}): there are "
                 "steps for 1e-7 and more; below that use roots.Eigh."
             )
-        if self.precision not in PRECISIONS:
+        if self.precision not in PRECISIONS_OF_ROOTS:
             raise ValueError(
                 f"roots.Minimax(precision={self.precision!r}): choose one of "
-                f"{', '.join(map(repr, PRECISIONS))}; with fewer bits the iteration "
-                "does not converge."
+                f"{', '.join(map(repr, PRECISIONS_OF_ROOTS))}; with fewer bits the "
+                "iteration does not converge."
             )
 
     def check(self, p: float) -> None:
@@ -117,11 +125,12 @@ class Minimax:
 
         Example:
           >>> Minimax(smallest_eps_rel=1e-4).matmuls(4)
-          25
+          22
         """
         # A step: M^2, X H, H^(p/2), and M between two of these. In the first, X H is
-        # H; a fourth power for the bound takes its place.
-        return len(self.row(p).steps) * (4 + {2: 0, 4: 1, 6: 2, 8: 2}[int(p)])
+        # H; a fourth power for the bound takes its place. The last needs no new M.
+        powers = {2: 0, 4: 1, 6: 2, 8: 2}[int(p)]
+        return len(self.row(p).steps) * (4 + powers) - (2 + powers)
 
     def solve(
         self, matrices: jax.Array, damping: Damping, p: float, *, unit: jax.Array
@@ -130,22 +139,21 @@ class Minimax:
         del unit
         steps, degree = self.row(p).steps, int(p)
 
-        def solve(algorithm: str, matrices: jax.Array, absolute: jax.Array) -> Solution:
-            product = partial(_product, PRECISIONS[algorithm])
-            outer: Product = partial(_either, product)
+        def solve(name: str, matrices: jax.Array, absolute: jax.Array) -> Solution:
+            products = arithmetic(name)
+            outer: Product = partial(_either, products.product)
             if self.double_first_step is not None:
-                outer = _double if self.double_first_step else product
+                outer = _double if self.double_first_step else products.product
             ridge = damping._replace(absolute=absolute).ridge
-            return _solve(matrices, ridge, steps, degree, product, outer)
+            return _solve(matrices, ridge, steps, degree, products, outer)
 
-        arguments = matrices, damping.absolute
-        if self.precision == "highest":
-            return solve("highest", *arguments)
-        return lax.platform_dependent(
-            *arguments,
-            cpu=partial(solve, "highest"),
-            default=partial(solve, self.precision),
-        )
+        arguments, full = (matrices, damping.absolute), partial(solve, "highest")
+        if self.precision == "highest" or matrices.dtype != jnp.float32:
+            return full(*arguments)
+        fewer = partial(solve, self.precision)
+        if self.precision == SPLIT:  # float16 is for the units of a GPU
+            return lax.platform_dependent(*arguments, cpu=full, tpu=full, default=fewer)
+        return lax.platform_dependent(*arguments, cpu=full, default=fewer)
 
 
 def _solve(
@@ -153,13 +161,14 @@ def _solve(
     ridge: Callable[[jax.Array], jax.Array],
     steps: tuple[tuple[float, float, float], ...],
     degree: int,
-    product: Product,
+    products: Arithmetic,
     outer: Product,
 ) -> Solution:
     """All steps; ``outer`` is the product around the matrix in the first of them."""
+    product, square = products
     identity = identity_like(matrices)
-    squares = product(matrices, matrices)
-    largest = spectrum(matrices, squares, product)
+    squares = square(matrices)
+    largest = spectrum(matrices, squares, square)
     delta = ridge(largest.estimate)
     scale = jnp.maximum(largest.bound + delta, jnp.finfo(matrices.dtype).tiny)
     # The first step in powers of A, not of M = (A + delta I) / s: adding delta would
@@ -168,39 +177,63 @@ def _solve(
     a, b, c = steps[0]
     constant = a + share * (b + share * c)
     linear, quadratic = (b + 2 * c * share) * over, c * over * over
-    root = _symmetric(constant * identity + linear * matrices + quadratic * squares)
-    half = _power(root, degree // 2, product)
+    root = constant * identity + linear * matrices + quadratic * squares
+    half = _power(root, degree // 2, products)
     inside = outer(matrices, half) + delta[..., None, None] * half
-    coupled = _symmetric(outer(half, inside) * over)
+    coupled = symmetric(outer(half, inside) * over)
+
+    def factor(coupled: jax.Array, step: jax.Array) -> jax.Array:
+        return step[0] * identity + step[1] * coupled + step[2] * square(coupled)
 
     def step(state: tuple[jax.Array, jax.Array], step: jax.Array) -> tuple:
         root, coupled = state
-        square = product(coupled, coupled)
-        factor = _symmetric(step[0] * identity + step[1] * coupled + step[2] * square)
-        half = _power(factor, degree // 2, product)
+        new = factor(coupled, step)
+        half = _power(new, degree // 2, products)
         # From both sides, half a power each: what rounding leaves in M is then damped
         # on both, and the direction of the root is 4 times nearer than from one side.
         coupled = product(half, product(coupled, half))
-        return (product(root, factor), _symmetric(coupled)), None
+        return (product(root, new), symmetric(coupled)), None
 
     others = jnp.asarray(steps[1:], matrices.dtype)
-    (root, coupled), _ = lax.scan(step, (root, coupled), others)
-    residual = norm(coupled - identity) / matrices.shape[-1] ** 0.5
+    (root, coupled), _ = lax.scan(step, (root, coupled), others[:-1])
+    last = factor(coupled, others[-1])
     back = scale ** (-1.0 / degree)
-    return Solution(_symmetric(root) * back[..., None, None], residual)
+    root = symmetric(product(root, last)) * back[..., None, None]
+    return Solution(root, _residual(coupled, last, degree))
 
 
-def _power(matrices: jax.Array, exponent: int, product: Product) -> jax.Array:
+def _residual(coupled: jax.Array, last: jax.Array, degree: int) -> jax.Array:
+    """``||h(M)^p M - I||_F / sqrt(d)`` of the last step, from columns of signs.
+
+    For signs ``v`` at random the mean of ``|R v|^2`` is ``||R||_F^2``, so ``p + 1``
+    thin products say what three of whole matrices would.
+
+    Source: Hutchinson, `A stochastic estimator of the trace of the influence matrix
+    <https://doi.org/10.1080/03610918908812806>`_, 1989.
+    """
+    signs = _signs(coupled.shape[-1], coupled.dtype)
+    columns = jnp.broadcast_to(signs, (*coupled.shape[:-1], PROBES))
+    images = whole(coupled, columns)
+    for _ in range(degree):
+        images = whole(last, images)
+    return jnp.sqrt(jnp.mean((images - columns) ** 2, axis=(-2, -1)))
+
+
+def _signs(rows: int, dtype: DTypeLike) -> jax.Array:
+    """``[rows, PROBES]`` of -1 and 1: bits of the hash that ends MurmurHash3."""
+    bits = lax.iota(jnp.uint32, rows) + 1
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    columns = bits[:, None] >> lax.iota(jnp.uint32, PROBES)[None]
+    return (2 * (columns & 1).astype(jnp.int32) - 1).astype(dtype)
+
+
+def _power(matrices: jax.Array, exponent: int, products: Arithmetic) -> jax.Array:
     """``matrices**exponent`` for 1 to 4."""
     if exponent == 1:
         return matrices
-    half = _power(matrices, exponent // 2, product)
-    square = product(half, half)
-    return product(square, matrices) if exponent % 2 else square
-
-
-def _product(algorithm: lax.PrecisionLike, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    return jnp.matmul(lhs, rhs, precision=algorithm)
+    even = products.square(_power(matrices, exponent // 2, products))
+    return products.product(even, matrices) if exponent % 2 else even
 
 
 def _double(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
@@ -217,7 +250,3 @@ def _double(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
 def _either(product: Product, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """In float64 where the program's platform has it."""
     return lax.platform_dependent(lhs, rhs, tpu=product, default=_double)
-
-
-def _symmetric(matrices: jax.Array) -> jax.Array:
-    return 0.5 * (matrices + jnp.swapaxes(matrices, -2, -1))

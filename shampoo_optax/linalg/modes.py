@@ -16,12 +16,16 @@ from collections.abc import Mapping
 import jax
 from jax import lax
 
-# Statistics decide the direction of every later step, and the accelerators'
-# ambient default keeps only 8 bits of the mantissa: the precision is said here.
-PRECISION = lax.Precision.HIGHEST
+from shampoo_optax.linalg.precisions import contraction
 
 
-def gram(stack: jax.Array, dim: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+def gram(
+    stack: jax.Array,
+    dim: int,
+    dtype: jax.typing.DTypeLike,
+    *,
+    precision: str = "highest",
+) -> jax.Array:
     """Gram matrix of every block along one of its dimensions.
 
     Equals ``X_(dim) X_(dim)^T`` for each block ``X`` with mode-``dim``
@@ -31,6 +35,8 @@ def gram(stack: jax.Array, dim: int, dtype: jax.typing.DTypeLike) -> jax.Array:
       stack: blocks, ``[n, d_1, ..., d_k]``.
       dim: which dimension of a block, counted from 0.
       dtype: in which to accumulate; products of bfloat16 are exact in float32.
+      precision: of the product, see :mod:`precisions`. With one part (``"tf32"``) it is
+        the exact Gram matrix of what that format keeps of a block.
 
     Returns:
       ``[n, d, d]`` with ``d`` the size of that dimension, in ``dtype``.
@@ -42,16 +48,13 @@ def gram(stack: jax.Array, dim: int, dtype: jax.typing.DTypeLike) -> jax.Array:
               [2., 1.]]], dtype=float32)
     """
     axes = tuple(a for a in range(1, stack.ndim) if a != dim + 1)
-    return lax.dot_general(
-        stack,
-        stack,
-        ((axes, axes), ((0,), (0,))),
-        precision=PRECISION,
-        preferred_element_type=dtype,
-    )
+    dims = ((axes, axes), ((0,), (0,)))
+    return contraction(stack, stack, dims, precision, dtype)
 
 
-def mode_products(stack: jax.Array, matrices: Mapping[int, jax.Array]) -> jax.Array:
+def mode_products(
+    stack: jax.Array, matrices: Mapping[int, jax.Array], *, precision: str = "highest"
+) -> jax.Array:
     """Apply one matrix to each named dimension of every block.
 
     Equals ``M_1 X M_2^T`` for matrices ``X``; dimensions without a matrix stay
@@ -61,6 +64,7 @@ def mode_products(stack: jax.Array, matrices: Mapping[int, jax.Array]) -> jax.Ar
       stack: blocks, ``[n, d_1, ..., d_k]``.
       matrices: for a dimension (counted from 0) the stack of matrices
         ``[n, e, d]`` that acts on it.
+      precision: of the products, see :mod:`precisions`.
 
     Returns:
       ``[n, e_1, ..., e_k]``.
@@ -75,17 +79,19 @@ def mode_products(stack: jax.Array, matrices: Mapping[int, jax.Array]) -> jax.Ar
         # A matrix on the last dimension leaves the product in place; any other
         # product puts its new dimension last (or first), from where it moves back.
         if dim + 2 == stack.ndim:
-            stack = _product(stack, dim + 1, matrix, 2)
+            stack = _product(stack, dim + 1, matrix, 2, precision)
         elif dim == 0:
-            stack = _product(matrix, 2, stack, 1)
+            stack = _product(matrix, 2, stack, 1, precision)
         else:
-            moved = _product(stack, dim + 1, matrix, 2)
+            moved = _product(stack, dim + 1, matrix, 2, precision)
             order = list(range(stack.ndim - 1))
             order.insert(dim + 1, stack.ndim - 1)
             stack = lax.transpose(moved, order)
     return stack
 
 
-def _product(lhs: jax.Array, lhs_axis: int, rhs: jax.Array, rhs_axis: int) -> jax.Array:
+def _product(
+    lhs: jax.Array, lhs_axis: int, rhs: jax.Array, rhs_axis: int, precision: str
+) -> jax.Array:
     dims = (((lhs_axis,), (rhs_axis,)), ((0,), (0,)))
-    return lax.dot_general(lhs, rhs, dims, precision=PRECISION)
+    return contraction(lhs, rhs, dims, precision)

@@ -8,7 +8,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from shampoo_optax.linalg.modes import PRECISION
+from shampoo_optax.linalg.precisions import PRECISION
 
 Quintic = tuple[float, float, float]
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from shampoo_optax.linalg.modes import PRECISION
+from shampoo_optax.linalg.precisions import PRECISION
 
 # Power steps for lambda_max: from the column of the largest diagonal entry eight
 # steps were within 9 % on every factor of three trained models (worst 0.91).

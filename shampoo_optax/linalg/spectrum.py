@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Product = Callable[[jax.Array, jax.Array], jax.Array]
+from shampoo_optax.linalg.precisions import whole
+
+Square = Callable[[jax.Array], jax.Array]
 
 # Thin products with A^4, each worth four steps of a power method: first of that, then
 # of Chebyshev's, from a few columns, of which one may have little of the eigenvector.
@@ -27,7 +29,7 @@ class Spectrum(NamedTuple):
     bound: jax.Array  # [...]: an upper bound, up to rounding
 
 
-def spectrum(matrices: jax.Array, squares: jax.Array, product: Product) -> Spectrum:
+def spectrum(matrices: jax.Array, squares: jax.Array, square: Square) -> Spectrum:
     """The largest eigenvalue from below and from above.
 
     The bound decides how many steps are needed. The Frobenius norm may be ``sqrt(d)``
@@ -41,13 +43,13 @@ def spectrum(matrices: jax.Array, squares: jax.Array, product: Product) -> Spect
     Args:
       matrices: ``[..., d, d]``, symmetric positive semi-definite.
       squares: their squares.
-      product: of two stacks.
+      square: the square of a stack.
 
     Returns:
       Both bounds.
 
     Example:
-      >>> found = spectrum(4.0 * jnp.eye(3), 16.0 * jnp.eye(3), jnp.matmul)
+      >>> found = spectrum(4.0 * jnp.eye(3), 16.0 * jnp.eye(3), lambda x: x @ x)
       >>> [round(float(x), 2) for x in found]
       [4.0, 4.04]
 
@@ -58,18 +60,18 @@ def spectrum(matrices: jax.Array, squares: jax.Array, product: Product) -> Spect
     tiny = jnp.finfo(matrices.dtype).tiny
     total = jnp.maximum(norm(squares), tiny)  # trace of A^4, its square root
     shares = squares / total[..., None, None]
-    fourth = product(shares, shares)  # its eigenvalues sum to 1
-    mean, square = 1 / size, norm(fourth) ** 2 / size
-    deviation = jnp.sqrt(jnp.maximum(square - mean**2, 0.0))
+    fourth = square(shares)  # its eigenvalues sum to 1
+    mean, mean_square = 1 / size, norm(fourth) ** 2 / size
+    deviation = jnp.sqrt(jnp.maximum(mean_square - mean**2, 0.0))
     largest = mean + deviation * (size - 1) ** 0.5
     bound = MARGIN * jnp.sqrt(total) * jnp.sqrt(jnp.sqrt(largest))
-    vectors = _leading(fourth, product)
-    images = product(matrices, vectors)
+    vectors = _leading(fourth)
+    images = whole(matrices, vectors)
     estimate = jnp.max(jnp.sum(vectors * images, axis=-2), axis=-1)
     return Spectrum(estimate, bound)
 
 
-def _leading(matrices: jax.Array, product: Product) -> jax.Array:
+def _leading(matrices: jax.Array) -> jax.Array:
     """Unit vectors ``[..., d, c]``, of which one is near the leading eigenvector."""
     size = matrices.shape[-1]
     diagonal = jnp.diagonal(matrices, axis1=-2, axis2=-1)
@@ -77,7 +79,7 @@ def _leading(matrices: jax.Array, product: Product) -> jax.Array:
     vectors = jnp.take_along_axis(matrices, start[..., None, :], axis=-1)
 
     def power(_: jax.Array, v: jax.Array) -> jax.Array:
-        return _unit(product(matrices, v))
+        return _unit(whole(matrices, v))
 
     def chebyshev(_: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple:
         old, v = at
@@ -87,11 +89,11 @@ def _leading(matrices: jax.Array, product: Product) -> jax.Array:
 
     def image(v: jax.Array) -> jax.Array:
         """Maps eigenvalues from 0 to the first estimate to [-1, 1]: the rest grows."""
-        return 2.0 * product(matrices, v) / first - v
+        return 2.0 * whole(matrices, v) / first - v
 
     tiny = jnp.finfo(matrices.dtype).tiny
     vectors = lax.fori_loop(0, POWER_STEPS, power, _unit(vectors))
-    lengths = jnp.sum(vectors * product(matrices, vectors), axis=-2, keepdims=True)
+    lengths = jnp.sum(vectors * whole(matrices, vectors), axis=-2, keepdims=True)
     first = jnp.maximum(jnp.max(lengths, axis=-1, keepdims=True), tiny)
     state = vectors, image(vectors)
     return _unit(lax.fori_loop(0, CHEBYSHEV_STEPS, chebyshev, state)[1])

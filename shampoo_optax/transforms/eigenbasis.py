@@ -52,6 +52,7 @@ def eigenbasis(
     null_space: NullSpace = "share",
     ridge: ArrayLike = 0.0,
     state_dtypes: StateDtypes = StateDtypes(),
+    precision: str = "highest",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam's second moment in the eigenbases of the Kronecker factors: SOAP.
 
@@ -94,6 +95,7 @@ def eigenbasis(
         squared gradients. Only :class:`bases.QR` sees it: Meta's ``epsilon``.
       state_dtypes: in what precision factors, bases (``roots``) and the second moment
         are kept, and whether factors are packed.
+      precision: of Gram matrices and changes of basis, as in :func:`kronecker`.
 
     Returns:
       The transformation.
@@ -122,7 +124,8 @@ def eigenbasis(
     ignored = {
         order: _dims(call, order, d) for order, d in (ignored_dims or {}).items()
     }
-    measured = Statistics(b2, bias_correction, weighted)
+    measured = Statistics(b2, bias_correction, weighted, precision=precision)
+    measured.check(call)
 
     def init_fn(stacks: Stacks) -> EigenbasisState:
         statistics.check_stacks(call, stacks)
@@ -156,21 +159,20 @@ def eigenbasis(
         seen = gradients, state.factors, state.bases
         measure = partial(measured.measure, *seen, count=count)
         factors, samples = refresh.measured(count, measure, state.factors)
+        target = partial(measured.target, count=samples, eps=eps)
 
         def solve(share: Share, old: Refreshed) -> Refreshed:
             return _refresh(share, factors, target, old, basis, ridge, sizes or {})
 
-        def target(batch: jax.Array) -> jax.Array:
-            return measured.target(batch, samples, eps)
-
         old = state.bases, state.null, state.failures
         q, null, failures = refreshed(refresh, count, solve, old)
-        new_nu, new_updates = {}, {}
-        for key, update in updates.items():
-            new_updates[key], new_nu[key] = _turned(
-                moment, update, gradients[key], state.nu[key], q[key], null[key], count
-            )
-        return new_updates, EigenbasisState(count, factors, q, null, new_nu, failures)
+        turned = partial(_turned, moment, precision, count)
+        new = {
+            key: turned(update, state.nu[key], (gradients[key], q[key], null[key]))
+            for key, update in updates.items()
+        }
+        updates, nu = ({key: x[i] for key, x in new.items()} for i in range(2))
+        return updates, EigenbasisState(count, factors, q, null, nu, failures)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -198,14 +200,17 @@ def _kept(
 
 def _turned(
     moment: Moment,
-    update: jax.Array,
-    gradient: jax.Array,
-    nu: jax.Array,
-    basis: dict[str, jax.Array],
-    null: dict[str, jax.Array],
+    precision: str,
     count: jax.Array,
+    update: jax.Array,
+    nu: jax.Array,
+    seen: tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]],
 ) -> tuple[jax.Array, jax.Array]:
-    """Adam's step in the bases of one stack: the update and the second moment."""
+    """Adam's step in the bases of one stack: the update and the second moment.
+
+    ``seen`` are the gradient, the bases and what of them is null space.
+    """
+    turn = partial(modes.mode_products, precision=precision)
 
     def one(
         old: tuple[jax.Array, jax.Array], given: Any
@@ -214,14 +219,13 @@ def _turned(
         nu = kept.astype(wide(kept.dtype))
         out_of = {int(d): m.astype(nu.dtype) for d, m in basis.items()}
         into = {d: jnp.swapaxes(m, -2, -1) for d, m in out_of.items()}
-        seen = modes.mode_products(gradient.astype(nu.dtype), into)
-        nu = moment.accumulate(seen, nu, null)
-        turned = modes.mode_products(update.astype(nu.dtype), into)
+        nu = moment.accumulate(turn(gradient.astype(nu.dtype), into), nu, null)
+        turned = turn(update.astype(nu.dtype), into)
         turned = moment.divide(turned, nu, null, count)
-        turned = modes.mode_products(turned, out_of).astype(update.dtype)
+        turned = turn(turned, out_of).astype(update.dtype)
         return turned, rounded(nu, kept.dtype, count, stacked=True)
 
-    return in_turn(one, (update, nu), (gradient, basis, null), basis.values())
+    return in_turn(one, (update, nu), seen, seen[1].values())
 
 
 def _refresh(

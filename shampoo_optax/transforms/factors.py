@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 from shampoo_optax import _checks
 from shampoo_optax.layout.split import promoted
 from shampoo_optax.linalg import modes, packing
+from shampoo_optax.linalg.precisions import PRECISIONS
 from shampoo_optax.linalg.rounding import rounded
 from shampoo_optax.transforms._in_turn import in_turn
 from shampoo_optax.transforms._numbers import bias_correction as correction_of
@@ -36,10 +37,12 @@ class Statistics:
     weighted: bool = True
     trace_scaling: float | None = None
     correction: Correction | None = None
+    precision: str = "highest"
 
     def check(self, call: str) -> None:
         """Raise where an option is out of range."""
         _checks.numbers(call, b2=self.b2)
+        _checks.choice(call, "precision", self.precision, list(PRECISIONS))
         if self.correction is not None:
             _checks.choice(call, "correction", self.correction, CORRECTIONS)
         if self.trace_scaling is not None:
@@ -114,8 +117,10 @@ class Statistics:
         if others:  # KL looks through the other dimensions' roots
             through = {int(other): restored(root) for other, root in others.items()}
             gradients = gradients.astype(next(iter(through.values())).dtype)
-            gradients = modes.mode_products(gradients, through)
-        gram = modes.gram(gradients, dim, dtype)
+            gradients = modes.mode_products(
+                gradients, through, precision=self.precision
+            )
+        gram = modes.gram(gradients, dim, dtype, precision=self.precision)
         if self.correction == "kl":
             gram = gram * _one_over_others(gradients, dim, sizes, dtype)
         # Packed before they meet: the average is never unpacked here.

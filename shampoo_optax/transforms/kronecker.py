@@ -52,6 +52,7 @@ def kronecker(
     correction: Correction | None = None,
     basis: bases.BasisMethod | None = None,
     state_dtypes: StateDtypes = StateDtypes(),
+    precision: str = "highest",
 ) -> optax.GradientTransformationExtraArgs:
     r"""Precondition stacks of blocks by Kronecker factors: Shampoo's direction.
 
@@ -102,6 +103,9 @@ def kronecker(
         what the eigenvalues become.
       state_dtypes: in what precision factors and roots (with a ``basis``, that too)
         are kept, and whether packed.
+      precision: of Gram matrices and products with the roots on a GPU or TPU, where
+        their operands are float32: ``"bf16x6"``, ``"bf16x3"``, ``"tf32x3"`` (GPU),
+        ``"tf32"`` (GPU) or ``"bf16"`` keep fewer bits and cost less.
 
     Returns:
       The transformation.
@@ -129,7 +133,8 @@ def kronecker(
     call = "kronecker"
     _checks.numbers(call, eps=eps, eps_rel=eps_rel)
     _checks.whole(call, "largest_factor", largest_factor, low=1, infinite=True)
-    measured = Statistics(b2, bias_correction, weighted, trace_scaling, correction)
+    how = bias_correction, weighted, trace_scaling, correction, precision
+    measured = Statistics(b2, *how)
     measured.check(call)
     solver = _solver(root, basis, eps, eps_rel)
     # Each factor of KL-Shampoo is a covariance: its whitening has exponent 1/2.
@@ -173,16 +178,14 @@ def kronecker(
             count = optax.safe_increment(count)
             measure = partial(measured.measure, *seen, count=count)
         factors, samples = refresh.measured(count, measure, state.factors)
+        target = partial(measured.target, count=samples, eps=eps)
         powers = {key: table.of(stack) for key, stack in updates.items()}
 
         def solve(share: Share, old: Refreshed) -> Refreshed:
             return _refresh(share, factors, target, powers, old, solver)
 
-        def target(batch: jax.Array) -> jax.Array:
-            return measured.target(batch, samples, eps)
-
         new = refreshed(refresh, count, solve, state[2:], at_once=refresh_only)
-        updates = {key: _apply(x, new[0][key]) for key, x in updates.items()}
+        updates = {k: _apply(x, new[0][k], precision) for k, x in updates.items()}
         return updates, KroneckerState(count, factors, *new)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -254,7 +257,9 @@ def _refresh(
     return old
 
 
-def _apply(updates: jax.Array, by_dim: dict[str, jax.Array]) -> jax.Array:
+def _apply(
+    updates: jax.Array, by_dim: dict[str, jax.Array], precision: str
+) -> jax.Array:
     """Multiply the roots onto a stack, in their precision; its dtype comes back."""
     if not by_dim:
         return updates
@@ -262,7 +267,7 @@ def _apply(updates: jax.Array, by_dim: dict[str, jax.Array]) -> jax.Array:
     def one(updates: jax.Array, by_dim: dict[str, jax.Array]) -> jax.Array:
         matrices = {int(dim): restored(matrix) for dim, matrix in by_dim.items()}
         dtype = next(iter(matrices.values())).dtype
-        new = modes.mode_products(updates.astype(dtype), matrices)
+        new = modes.mode_products(updates.astype(dtype), matrices, precision=precision)
         return new.astype(updates.dtype)
 
     return in_turn(one, updates, by_dim, by_dim.values())

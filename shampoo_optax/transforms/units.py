@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -11,6 +12,9 @@ import jax.numpy as jnp
 from shampoo_optax.transforms._in_turn import LARGE
 from shampoo_optax.transforms.factors import Matrices
 from shampoo_optax.transforms.refresh import Refresh
+
+# A GPU is filled by several matrices of 1024 at once: so many elements.
+GPU_BATCH = 2**25
 
 T = TypeVar("T")
 Member = tuple[str, str]  # stack and dimension
@@ -75,14 +79,26 @@ class Units:
     def run(self, solve: Callable[[T, Units], T], old: T) -> T:
         """Solve them, all in one call or one after another."""
         key, dim = self.members[0]
-        if self.matrices[key][dim].shape[-2] < LARGE or self.size == 1:
+        side = self.matrices[key][dim].shape[-2]
+        if side < LARGE or self.size == 1:
             return solve(old, self)
+        one_by_one = partial(self._in_batches, solve, 1)
+        batches = partial(self._in_batches, solve, max(1, GPU_BATCH // side**2))
+        return jax.lax.platform_dependent(
+            old, cuda=batches, rocm=batches, default=one_by_one
+        )
+
+    def _in_batches(self, solve: Callable[[T, Units], T], size: int, old: T) -> T:
+        """Solve ``size`` at a time, and last those that are left."""
         first = jnp.zeros([], jnp.int32) if self.first is None else self.first
 
-        def one(i: jax.Array, so_far: T) -> T:
-            return solve(so_far, Units(self.matrices, self.members, first + i, 1))
+        def batch(i: jax.Array | int, so_far: T, count: int = size) -> T:
+            units = Units(self.matrices, self.members, first + i * size, count)
+            return solve(so_far, units)
 
-        return jax.lax.fori_loop(0, self.size, one, old)
+        whole, left = divmod(self.size, size)
+        old = jax.lax.fori_loop(0, whole, batch, old)
+        return batch(whole, old, left) if left else old
 
     def _places(self) -> list[tuple[jax.Array, jax.Array]]:
         """For each member the units' places in it, and which of them are its own."""
