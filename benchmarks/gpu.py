@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -60,7 +60,7 @@ PATIENCE = 3.0
 class Sizes:
     """How large everything is."""
 
-    roots: tuple[int, ...] = (256, 512, 1024, 2048)
+    roots: tuple[int, ...] = (1024, 512, 2048, 256)
     root_bytes: int = 2**26
     llama: tuple[int, int, int, int] = (16, 2048, 5632, 32000)
     block: int = 1024
@@ -96,6 +96,11 @@ def milliseconds(step: Callable[[], Any], rounds: int, batch: int) -> float:
     return 1e3 * statistics.median(found[1:]) / batch
 
 
+def say(what: str, ms: float) -> None:
+    """Progress, for one who waits."""
+    print(f"  {what}: {ms:.2f} ms", file=sys.stderr, flush=True)
+
+
 def of_roots(sizes: Sizes) -> list[dict[str, Any]]:
     """Time for a batch, and the error of its first matrix, of every method and size."""
     rows = []
@@ -119,6 +124,7 @@ def of_roots(sizes: Sizes) -> list[dict[str, Any]]:
             error = float(error / np.linalg.norm(exact))
             row = {"n": n, "method": name, "matrices": number, "ms": ms}
             rows.append({**row, "root_error": error})
+            say(f"{n} {name}", ms)
     return rows
 
 
@@ -178,6 +184,7 @@ def of_steps(sizes: Sizes) -> dict[str, float]:
     }.items():
         run = Run(tx, params, lambda params: params)
         found[name] = milliseconds(run, sizes.rounds, sizes.batch)
+        say(name, found[name])
         del run
     found["parameters"] = sum(x.size for x in params.values())
     return found
@@ -200,6 +207,7 @@ def of_training(sizes: Sizes) -> dict[str, float]:
     }.items():
         run = Run(tx, params, gradient)
         found[name] = milliseconds(run, sizes.rounds, sizes.batch)
+        say(name, found[name])
         del run
     found["parameters"] = shapes.number(like)
     return found
@@ -232,11 +240,17 @@ def main(argv: list[str] | None = None) -> int:
     env = common.environment()
     print(common.heading(env))
     results: dict[str, Any] = {"environment": env}
-    measures = {"step": of_steps, "training": of_training, "roots": of_roots}
+    measures = {"step": of_steps, "training": of_training}
     for part in args.parts:
-        results[part] = measures[part](sizes)
+        if part == "roots":
+            results[part] = []
+            for n in sizes.roots:
+                results[part] += of_roots(replace(sizes, roots=(n,)))
+                common.save(args, "gpu", results)
+        else:
+            results[part] = measures[part](sizes)
+            common.save(args, "gpu", results)
         print(f"\n{show(part, results[part])}", flush=True)
-        common.save(args, "gpu", results)
     return 0
 
 

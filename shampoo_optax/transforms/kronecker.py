@@ -240,15 +240,13 @@ def _refresh(
         def solve(old: Refreshed, units: Units, power: float = power) -> Refreshed:
             roots, failures, cached = jax.tree.map(lambda x: x, old)  # to change
             vectors = None if cached is None else units.take(cached)
-            before = units.take(roots), units.take(failures)
             batch = restored(units.take(factors))
             basis = None if vectors is None else bases.straightened(vectors)
             found = solver(target(batch), basis, power)
-            keep = ~found[1]
-            root = stored_like(found[0], before[0])
-            units.put(roots, jnp.where(keep[:, None, None], before[0], root))
-            failed = keep & statistics.measured_any(batch)
-            units.put(failures, jnp.where(failed, before[1] + 1, 0))
+            root = stored_like(found[0], units.one_of(roots))
+            units.put(roots, root, found[1])
+            failed = ~found[1] & statistics.measured_any(batch)
+            units.put(failures, jnp.where(failed, units.take(failures) + 1, 0))
             if cached is not None and vectors is not None and found[2] is not None:
                 units.put(cached, found[2].astype(vectors.dtype))
             return roots, failures, cached

@@ -42,6 +42,11 @@ class Units:
         self.sizes = [matrices[key][dim].shape[0] for key, dim in members]
         self.size = sum(self.sizes) if size is None else size
 
+    def one_of(self, matrices: Matrices) -> jax.Array:
+        """All matrices of one of the members: for their dtype and how they are kept."""
+        key, dim = self.members[0]
+        return matrices[key][dim]
+
     def take(self, matrices: Matrices) -> jax.Array:
         """These units' rows as one batch ``[size, ...]``; past the end, copies."""
         arrays = [matrices[key][dim] for key, dim in self.members]
@@ -56,30 +61,40 @@ class Units:
         assert taken is not None  # a group has members
         return taken
 
-    def put(self, matrices: Matrices, rows: jax.Array) -> None:
-        """Put new rows into a tree of copies, in place of the old ones."""
+    def put(
+        self, matrices: Matrices, rows: jax.Array, accepted: jax.Array | None = None
+    ) -> None:
+        """Put new rows into a tree of copies, in place of the old ones.
+
+        Args:
+          matrices: a tree that may be changed.
+          rows: ``[size, ...]``.
+          accepted: ``[size]``, which of them; None for all.
+        """
         start = 0
-        for (key, dim), (index, inside) in zip(
-            self.members, self._places(), strict=True
-        ):
+        for (key, dim), (index, _) in zip(self.members, self._places(), strict=True):
             old = matrices[key][dim]
             if self.first is None:
-                matrices[key][dim] = rows[start : start + len(old)]
+                own = slice(start, start + len(old))
                 start += len(old)
-            elif self.size == 1:
-                kept = jnp.where(_over(inside, rows), rows, _rows(old, index))
-                place = jnp.clip(index[0], 0, len(old) - 1)
-                matrices[key][dim] = jax.lax.dynamic_update_slice_in_dim(
-                    old, kept, place, 0
-                )
-            else:
-                place = jnp.where(inside, index, len(old))  # outside: dropped
-                matrices[key][dim] = old.at[place].set(rows, mode="drop")
+                new, good = rows[own], None if accepted is None else accepted[own]
+                matrices[key][dim] = _where(good, new, old)
+                continue
+            # As many rows of the old as there are new ones, where most of these lie.
+            size = min(self.size, len(old))
+            place = jnp.clip(index[0], 0, len(old) - size)
+            at = place - index[0] + jnp.arange(size, dtype=jnp.int32)
+            good = (at >= 0) & (at < self.size)
+            new = rows if self.size == 1 else _rows(rows, at)
+            if accepted is not None:
+                good &= accepted[jnp.clip(at, 0, self.size - 1)]
+            window = jax.lax.dynamic_slice_in_dim(old, place, size)
+            new = _where(good, new, window)
+            matrices[key][dim] = jax.lax.dynamic_update_slice_in_dim(old, new, place, 0)
 
     def run(self, solve: Callable[[T, Units], T], old: T) -> T:
         """Solve them, all in one call or one after another."""
-        key, dim = self.members[0]
-        side = self.matrices[key][dim].shape[-2]
+        side = self.one_of(self.matrices).shape[-2]
         if side < LARGE or self.size == 1:
             return solve(old, self)
         one_by_one = partial(self._in_batches, solve, 1)
@@ -117,6 +132,10 @@ def _rows(array: jax.Array, index: jax.Array) -> jax.Array:
     if len(index) == 1:
         return jax.lax.dynamic_slice_in_dim(array, index[0], 1)
     return jnp.take(array, index, axis=0)
+
+
+def _where(mask: jax.Array | None, new: jax.Array, old: jax.Array) -> jax.Array:
+    return new if mask is None else jnp.where(_over(mask, new), new, old)
 
 
 def _over(mask: jax.Array, rows: jax.Array) -> jax.Array:
