@@ -4,8 +4,8 @@
   coupled Newton, of as many matrices as make 64 MB;
 - step: `update` on one eighth of the blocks of a Llama-like model of 953 million
   parameters, blocks of 1024: a device's share among eight, with frequency 1, and 10
-  staggered, beside AdamW on as many parameters. *Fast*: roots with `precision="fp16x3"`,
-  all other products with `precision="tf32"`;
+  staggered, beside AdamW on as many parameters. *Fast*: roots with
+  `precision="fp16x3"`, all other products with `precision="tf32"`;
 - training: a GPT of 124 million parameters on 64 x 1024 tokens in bfloat16, with AdamW
   and with Shampoo at frequency 10, staggered.
 
