@@ -21,7 +21,7 @@ PERIOD = 10
 # Seconds that one answer may take; then the peer is left out, with a word.
 PATIENCE = 120.0
 # No further period of one that was stepped for so many seconds on one set of shapes.
-ENOUGH = 45.0
+ENOUGH = 15.0
 
 
 class Failed(Exception):

@@ -235,7 +235,9 @@ def main(arguments: list[str] | None = None) -> None:
         fit = [n for n in names if (model, n) not in TOO_SLOW]
         results = measure(tree, fit, rounds, (python, others))
         size = f"{shapes.number(tree) / 1e6:.2f}M parameters"
-        print(f"\n{model}: {size}, floor {floor_ms:.2f} ms, Meta {META[model]:g} x adamw")
+        print(
+            f"\n{model}: {size}, floor {floor_ms:.2f} ms, Meta {META[model]:g} x adamw"
+        )
         print(common.table(COLUMNS, rows(results, floor_ms)))
         print("\n".join(notes(results)), flush=True)
         out[model] = {"floor_ms": floor_ms, "optimizers": results}
