@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 OURS, OTHERS = "#c2410c", "#64748b"
@@ -66,8 +67,8 @@ def _measured(each: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Plain and average step of all but the units themselves, over their unit."""
     found = {}
     for name, r in each.items():
-        if "failure" not in r and name != r["base"]:
-            unit = each[r["base"]]["plain_ms"]
+        if "failure" not in r and name != r.get("base", "adamw"):
+            unit = each[r.get("base", "adamw")]["plain_ms"]
             found[name] = r["plain_ms"] / unit, r["average_ms"] / unit
     return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
@@ -101,37 +102,50 @@ def roots(results: dict[str, Any], path: Path) -> None:
     """A panel for each size: worst errors over products of matrices."""
     sizes = results["sizes"]
     figure, panels = plt.subplots(
-        1, len(sizes), figsize=(1.5 + 4.2 * len(sizes), 4.4), squeeze=False, sharey=True
+        1, len(sizes), figsize=(1.5 + 4.2 * len(sizes), 5), squeeze=False, sharey=True
     )
     for panel, (size, found) in zip(panels.flat, sizes.items(), strict=True):
         _errors(panel, found["methods"])
         panel.set_title(f"{size} x {size}", loc="left", fontweight="bold")
-        panel.set_xlabel("time over that of one product")
+        panel.set_xlabel("products of matrices; of eigh, its time in products")
     panels[0, 0].set_ylabel("worst error over all spectra")
-    figure.suptitle(
-        "Inverse fourth roots: ● of the direction, ○ of the root; "
-        "number: products of matrices",
-        fontsize=11,
+    figure.suptitle("Inverse fourth roots", fontsize=11)
+    marks = [
+        Line2D([], [], color="black", marker="o", linestyle="", label="of directions"),
+        Line2D(
+            [],
+            [],
+            color="black",
+            marker="o",
+            markerfacecolor="white",
+            linestyle="",
+            label="of the root",
+        ),
+    ]
+    lines = [line for line in panels[0, 0].lines if line.get_label()[0] != "_"]
+    figure.legend(
+        handles=[*lines, *marks],
+        ncols=4,
+        fontsize=8,
+        frameon=False,
+        loc="lower center",
     )
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
 
 
 def _errors(panel: Axes, methods: dict[str, Any]) -> None:
-    colors = plt.get_cmap("tab10").colors
-    for color, (name, method) in zip(colors, methods.items(), strict=False):
-        kinds = method["kinds"].values()
-        x = method["time_over_product"]
+    for i, (name, method) in enumerate(methods.items()):
+        color, kinds = f"C{i}", method["kinds"].values()
+        x = method["products"]
+        x = method["time_over_product"] if x is None else x
         low, high = (max(k[what] for k in kinds) for what in ("direction", "root"))
         panel.plot([x, x], [low, high], color=color, linewidth=1, alpha=0.6)
         panel.plot(x, high, "o", color=color, markerfacecolor="white")
-        number = method["products"]
-        label = name if number is None else f"{name} ({number})"
-        panel.plot(x, low, "o", color=color, label=label)
-    panel.set_xscale("log")
+        panel.plot(x, low, "o", color=color, label=name)
+    panel.set_xlim(left=0)
     panel.set_yscale("log")
-    panel.legend(fontsize=7, frameon=False, loc="best")
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
 

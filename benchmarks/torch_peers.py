@@ -4,9 +4,9 @@
 JAX, and asks for steps when it is that optimizer's turn. A request is a line of JSON on
 the standard input, its answer a line on the standard output:
 
-    {"do": "names"}                               -> {"names": [...], "versions": {...}}
-    {"do": "start", "name": ..., "shapes": [...]} -> {"first_s": ..., "state_bytes": ...}
-    {"do": "period", "steps": 10}                 -> {"seconds": [...]}
+    {"do": "names"}                            -> {"names": [], "versions": {}}
+    {"do": "start", "name": "", "shapes": []}  -> {"first_s": 0.0}
+    {"do": "period", "steps": 10}              -> {"seconds": [], "state_bytes": 0}
 
 A request that fails is answered by {"error": ...}. Options are each peer's defaults but
 for learning rate, weight decay, the steps between refreshes, and the size of blocks
