@@ -59,19 +59,17 @@ PARTS = {
 def run(part: Part, flags: list[str], console: Console) -> int:
     """One part to its end, its lines as they come; its exit status."""
     command = [sys.executable, "-m", f"benchmarks.{part.module}", *part.flags, *flags]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            console.print(
-                line.rstrip("\n"), markup=False, highlight=False, soft_wrap=True
-            )
-        return process.wait()
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                text = line.rstrip("\n")
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+            return process.wait()
+        finally:
+            process.kill()
 
 
 def run_all(

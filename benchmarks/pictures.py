@@ -80,22 +80,29 @@ def _bars(
         color = OURS if name == "shampoo" else OTHERS
         panel.barh(y, average, color=color, alpha=0.35, height=0.72)
         panel.barh(y, plain, color=color, height=0.4)
-        text = f" {plain:.3g}, {average:.3g}"
-        panel.text(max(plain, average), y, text, va="center", fontsize=8)
+        text = f"{_short(plain)}, {_short(average)}"
+        white = {"facecolor": "white", "alpha": 0.8, "pad": 0.5, "linewidth": 0}
+        place = 1.06 * max(plain, average)
+        panel.text(place, y, text, va="center", fontsize=8, bbox=white, zorder=3)
     panel.set_yticks(range(len(each)), list(each), fontsize=8)
     for label in panel.get_yticklabels():
         if label.get_text() == "shampoo":
             label.set(color=OURS, fontweight="bold")
     largest = max(max(pair) for pair in each.values())
     panel.set_xscale("log")
-    panel.set_xlim(min(0.8, *(min(pair) for pair in each.values())), largest * 6)
+    least = min(min(pair) for pair in each.values())
+    panel.set_xlim(0.6 * min(1.0, least), largest * 6)
     if elsewhere is not None:
-        panel.axvline(elsewhere, color=OURS, linestyle=":", linewidth=1.2)
+        panel.axvline(elsewhere, color="black", linestyle=":", linewidth=1.2)
         where = (elsewhere, len(each) - 0.45)
         label = "Meta's, plain"
-        panel.annotate(label, where, fontsize=7, color=OURS, ha="center", va="bottom")
+        panel.annotate(label, where, fontsize=7, ha="center", va="bottom")
     panel.set_ylim(-0.6, len(each) - 0.1)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def roots(results: dict[str, Any], path: Path) -> None:
@@ -111,7 +118,14 @@ def roots(results: dict[str, Any], path: Path) -> None:
     panels[0, 0].set_ylabel("worst error over all spectra")
     figure.suptitle("Inverse fourth roots", fontsize=11)
     marks = [
-        Line2D([], [], color="black", marker="o", linestyle="", label="of directions"),
+        Line2D(
+            [],
+            [],
+            color="black",
+            marker="o",
+            linestyle="",
+            label="error of a direction",
+        ),
         Line2D(
             [],
             [],
@@ -119,7 +133,7 @@ def roots(results: dict[str, Any], path: Path) -> None:
             marker="o",
             markerfacecolor="white",
             linestyle="",
-            label="of the root",
+            label="error of the root",
         ),
     ]
     lines = [line for line in panels[0, 0].lines if line.get_label()[0] != "_"]
