@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,13 @@ PARTS = {
 }
 
 
-def run(part: Part, flags: list[str], console: Console) -> int:
-    """One part to its end, its lines as they come; its exit status."""
+def run(
+    part: Part, flags: list[str], console: Console, now: Callable[[str], None]
+) -> int:
+    """One part to its end, its lines as they come; its exit status.
+
+    ``now`` is told what it is at, which is not printed.
+    """
     command = [sys.executable, "-m", f"benchmarks.{part.module}", *part.flags, *flags]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -66,6 +72,9 @@ def run(part: Part, flags: list[str], console: Console) -> int:
         try:
             for line in process.stdout:
                 text = line.rstrip("\n")
+                if text.startswith(common.NOW):
+                    now(text.removeprefix(common.NOW))
+                    continue
                 console.print(text, markup=False, highlight=False, soft_wrap=True)
             return process.wait()
         finally:
@@ -77,12 +86,13 @@ def run_all(
 ) -> dict[str, str]:
     """All parts in turn; what went wrong, by part."""
     failed: dict[str, str] = {}
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20)
+    now = TextColumn("{task.fields[now]}", style="dim", markup=False)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), now
     with Progress(*columns, Elapsed(), console=console, transient=True) as progress:
-        bar = progress.add_task("", total=len(parts))
+        bar = progress.add_task("", total=len(parts), now="")
         for number, (name, part) in enumerate(parts.items(), 1):
             label = f"{number} of {len(parts)}: {part.what}"
-            progress.update(bar, description=label, completed=number - 1)
+            progress.update(bar, description=label, completed=number - 1, now="")
             progress.console.rule(label, align="left")
             flags = ["--out", str(folder / f"{name}.json")]
             flags += ["--quick"] if args.quick else []
@@ -90,7 +100,9 @@ def run_all(
                 flags += ["--torch-python", args.torch_python]
             begin = time.monotonic()
             try:
-                status = run(part, flags, progress.console)
+                status = run(
+                    part, flags, progress.console, lambda x: progress.update(bar, now=x)
+                )
             except KeyboardInterrupt:
                 failed[name] = "stopped"
                 return failed

@@ -159,11 +159,13 @@ def measure(
         name: Runner(name, tree) for name in names
     }
     runners |= {name: peers.TorchRunner(name, tree, torch[0]) for name in torch[1]}
-    for _ in range(3):
-        for runner in runners.values():
+    for i in range(3):
+        for name, runner in runners.items():
+            common.say(f"first call, {i + 1} of 3: {name}")
             runner.first_call()
     for i in range(rounds + 2):
-        for runner in runners.values():
+        for name, runner in runners.items():
+            common.say(f"round {i + 1} of {rounds + 2}: {name}")
             runner.period(record=i >= 2)
     found = {}
     for name, runner in runners.items():
