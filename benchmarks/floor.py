@@ -6,7 +6,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,22 @@ def whole_root(batch: jax.Array, p: float) -> Any:
     return roots.inverse_root(roots.Eigh(), batch, p, eps=EPS, eps_rel=EPS_REL)
 
 
+class Seconds(NamedTuple):
+    """Of the clock, and of this process in all its threads."""
+
+    clock: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Seconds:
+        """Since some time ago."""
+        return cls(time.perf_counter(), time.process_time())
+
+    def __sub__(self, other: Seconds) -> Seconds:
+        """Of the time between."""
+        return Seconds(self.clock - other.clock, self.cpu - other.cpu)
+
+
 # Each has all of the one before it.
 PIECES = {
     "eigh": decompose,
@@ -94,39 +110,44 @@ class RefreshFloor:
 
     def __init__(self) -> None:
         """Nothing is compiled yet."""
-        self.seconds: dict[str, list[float]] = {name: [] for name in PIECES}
-        self.over: list[float] = []
-        self.refresh: list[float] = []
+        self.over: list[float] = []  # by the clock
+        self.cpu: dict[str, list[float]] = {name: [] for name in (*PIECES, "refresh")}
         self.calls = {name: jax.jit(_of_groups(call)) for name, call in PIECES.items()}
 
-    def measure(self, state: Any, refresh: float, *, record: bool) -> None:
+    def measure(self, state: Any, refresh: Seconds, *, record: bool) -> None:
         """Times each piece once, after a refresh that took so long itself."""
         is_part = lambda x: isinstance(x, KroneckerState)  # noqa: E731
         parts = jax.tree.leaves(state, is_leaf=is_part)
         (part,) = [part for part in parts if is_part(part)]
+        found = {"refresh": refresh}
         for name, call in self.calls.items():
-            begin = time.perf_counter()
+            begin = Seconds.now()
             jax.block_until_ready(call(part.factors))
-            if record:
-                self.seconds[name].append(time.perf_counter() - begin)
+            found[name] = Seconds.now() - begin
         if record:
-            self.refresh.append(refresh)
-            self.over.append(refresh / self.seconds["eigh"][-1])
+            self.over.append(refresh.clock / found["eigh"].clock)
+            for name, seconds in found.items():
+                self.cpu[name].append(seconds.cpu)
 
     def result(self) -> dict[str, Any]:
         """A refresh over its floor: the median of the ratios, round by round.
 
-        Of the pieces the least of all rounds: their differences are small.
+        The pieces are in seconds of the process in all its threads, which other
+        processes disturb less: their differences are small.
         """
         if not self.over:
             return {}
-        total = [1e3 * min(self.seconds[name]) for name in PIECES]
-        total.append(1e3 * min(self.refresh))
-        names = [*PIECES, "rest"]  # blocks taken and put back, and the branch
-        pairs = zip(names, [0.0, *total], total, strict=False)
+        total = {name: 1e3 * statistics.median(self.cpu[name]) for name in self.cpu}
+        eigh, product, scaling, refresh = total.values()
         return {
             "refresh_over_eigh": statistics.median(self.over),
-            "refresh_parts_ms": {name: now - before for name, before, now in pairs},
+            "refresh_over_eigh_cpu": refresh / eigh,
+            "refresh_parts_cpu_ms": {
+                "eigh": eigh,
+                "product": product - eigh,
+                "scaling": scaling - product,
+                "rest": refresh - scaling,  # blocks taken and put back, the branch
+            },
         }
 
 

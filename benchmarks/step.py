@@ -13,9 +13,9 @@ jitted function with donated parameters and state, on the same normal gradients.
   matrix product in this run (batched 256 x 256, or 1024 x 1024, the higher);
 - refresh over eigh, on a CPU: what a refresh adds to a plain step, over the time of its
   float64 eigendecompositions alone, of the same factors in the same calls right after
-  it; and what the rest of a refresh is made of, each piece timed with all before it
-  (floor.py: the product V f(w) V^T, then prescale, symmetrisation and gate; the rest is
-  taking blocks and putting them back);
+  it; and what a refresh is made of, in CPU time of all threads, each piece timed with
+  all before it (floor.py: the product V f(w) V^T, then prescale, symmetrisation and
+  gate; the rest is taking blocks and putting them back);
 - PyTorch's optimizers, where an interpreter has them (``--torch-python``, or the
   variable ``TORCH_PYTHON``): in processes of their own, in turn with ours, in units of
   PyTorch's AdamW. Their refresh is the slowest of ten steps. The first call of those
@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import resource
 import statistics
-import time
 from typing import Any
 
 import jax
@@ -104,15 +103,15 @@ class Runner:
             self.step = optimizers.step_of(tx)
             jax.block_until_ready((self.params, self.gradient, self.state))
             self.count = 0
-            self.first.append(self.once())
+            self.first.append(self.once().clock)
 
-    def once(self) -> float:
-        """One step, in seconds."""
-        begin = time.perf_counter()
+    def once(self) -> floor.Seconds:
+        """One step."""
+        begin = floor.Seconds.now()
         self.params, self.state = self.step(self.params, self.state, self.gradient)
         jax.block_until_ready((self.params, self.state))
         self.count += 1
-        return time.perf_counter() - begin
+        return floor.Seconds.now() - begin
 
     def period(self, *, record: bool) -> None:
         """The steps up to and including the next refresh."""
@@ -124,10 +123,11 @@ class Runner:
             faults.append(after - before)
         if record:
             self.faults += faults[:-1]
-            self.plain += seconds[:-1]
-            self.refresh.append(seconds[-1])
+            self.plain += [each.clock for each in seconds[:-1]]
+            self.refresh.append(seconds[-1].clock)
         if self.floor is not None and len(seconds) > 1:
-            added = seconds[-1] - statistics.median(seconds[:-1])
+            plain = map(statistics.median, zip(*seconds[:-1], strict=True))
+            added = seconds[-1] - floor.Seconds(*plain)
             self.floor.measure(self.state, added, record=record)
 
     def result(self) -> dict[str, Any]:
@@ -200,9 +200,12 @@ def notes(results: dict[str, Any]) -> list[str]:
         if "failure" in r:
             lines.append(f"{name}: left out: {r['failure'].splitlines()[0]}")
         if "refresh_over_eigh" in r:
-            parts = [f"{k} {v:.1f}" for k, v in r["refresh_parts_ms"].items()]
-            over = f"{r['refresh_over_eigh']:.2f}"
-            lines.append(f"refresh over eigh {over}; ms: {', '.join(parts)}")
+            parts = [f"{k} {v:.1f}" for k, v in r["refresh_parts_cpu_ms"].items()]
+            clock, cpu = r["refresh_over_eigh"], r["refresh_over_eigh_cpu"]
+            lines.append(
+                f"refresh over eigh: {clock:.2f}; in CPU time {cpu:.2f}, "
+                f"of which ms: {', '.join(parts)}"
+            )
     return lines
 
 

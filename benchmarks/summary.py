@@ -94,6 +94,8 @@ def _step(results: dict[str, Any]) -> Lines:
         if "refresh_over_eigh" in ours:
             over = ours["refresh_over_eigh"]
             yield f"{model}: refresh / its eigh", over, REFRESH_OVER_EIGH
+            over = ours["refresh_over_eigh_cpu"]
+            yield f"{model}: the same in CPU time", over
         yield f"{model}: average step / AdamW's", average / adamw["plain_ms"]
         yield f"{model}: first call / AdamW's", ours["first_s"] / adamw["first_s"]
         for name, peer in each.items():
