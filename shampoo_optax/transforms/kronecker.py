@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from shampoo_optax import _checks
 from shampoo_optax.linalg import bases, modes, roots
+from shampoo_optax.linalg.masks import chosen
 from shampoo_optax.transforms import factors as statistics
 from shampoo_optax.transforms._in_turn import in_turn
 from shampoo_optax.transforms.exponents import Exponents, ExponentTable
@@ -243,9 +244,9 @@ def _refresh(
             found = solver(target(batch), basis, power)
             keep = ~found[1]
             root = stored_like(found[0], before[0])
-            units.put(roots, jnp.where(keep[:, None, None], before[0], root))
-            failed = keep & statistics.measured_any(batch)
-            units.put(failures, jnp.where(failed, before[1] + 1, 0))
+            units.put(roots, chosen(keep[:, None, None], before[0], root))
+            failed, times = keep & statistics.measured_any(batch), before[1]
+            units.put(failures, chosen(failed, times + 1, jnp.zeros_like(times)))
             if cached is not None and vectors is not None and found[2] is not None:
                 units.put(cached, found[2].astype(vectors.dtype))
             return roots, failures, cached
