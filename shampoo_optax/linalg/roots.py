@@ -22,7 +22,7 @@ from shampoo_optax.linalg.eigh import from_basis as from_basis
 from shampoo_optax.linalg.method import RootMethod as RootMethod
 from shampoo_optax.linalg.method import Solution as Solution
 from shampoo_optax.linalg.minimax import Minimax as Minimax
-from shampoo_optax.linalg.scaling import Damping, prescale, unscale
+from shampoo_optax.linalg.scaling import Damping, largest_entry, prescale, unscale
 
 
 class InverseRoot(NamedTuple):
@@ -80,7 +80,7 @@ def inverse_root(
     accepted = (
         scaled.usable
         & (scaled.nonzero | (relative == 0))
-        & jnp.all(jnp.isfinite(root), axis=(-2, -1))
+        & jnp.isfinite(largest_entry(root))
         & (solution.residual <= method.max_residual)
     )
     return InverseRoot(root, accepted)
