@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from shampoo_optax.linalg.masks import chosen
 from shampoo_optax.linalg.modes import PRECISION
 from shampoo_optax.linalg.per_matrix import per_matrix_on_cpu
 from shampoo_optax.linalg.scaling import largest_entry, prescale, unscale
@@ -202,7 +203,7 @@ def new_basis(
     accepted = (
         scaled.usable & scaled.nonzero & jnp.isfinite(largest_entry(found.vectors))
     )
-    vectors = jnp.where(accepted[:, None, None], found.vectors, basis)
+    vectors = chosen(accepted[:, None, None], found.vectors, basis)
     values = unscale(values, scaled.exponent[:, None])
     return NewBasis(vectors, values, null & accepted[:, None], accepted)
 

@@ -250,7 +250,7 @@ def _refresh(
             good = found.accepted
             was, count = units.take(null), units.take(failures)
             units.put(vectors, found.vectors.astype(before.dtype))
-            units.put(null, jnp.where(good[:, None], found.null, was))
+            units.put(null, chosen(good[:, None], found.null, was))
             failed = ~good & statistics.measured_any(seen)
             units.put(failures, chosen(failed, count + 1, jnp.zeros_like(count)))
             return vectors, null, failures
