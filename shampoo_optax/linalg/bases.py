@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from shampoo_optax.linalg.masks import chosen
 from shampoo_optax.linalg.modes import PRECISION
 from shampoo_optax.linalg.per_matrix import per_matrix_on_cpu
-from shampoo_optax.linalg.scaling import largest_entry, prescale, unscale
+from shampoo_optax.linalg.scaling import prescale, unscale
 
 
 class Basis(NamedTuple):
@@ -201,7 +201,9 @@ def new_basis(
     largest = jnp.max(values, axis=-1, keepdims=True)
     null = values <= matrices.shape[-1] * jnp.finfo(dtype).eps * largest
     accepted = (
-        scaled.usable & scaled.nonzero & jnp.isfinite(largest_entry(found.vectors))
+        scaled.usable
+        & scaled.nonzero
+        & jnp.all(jnp.isfinite(found.vectors), axis=(-2, -1))
     )
     vectors = chosen(accepted[:, None, None], found.vectors, basis)
     values = unscale(values, scaled.exponent[:, None])

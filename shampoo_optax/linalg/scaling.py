@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from shampoo_optax.linalg.masks import chosen
+from shampoo_optax.linalg.masks import all_finite, chosen
 from shampoo_optax.linalg.modes import PRECISION
 
 # Power steps for lambda_max: from the column of the largest diagonal entry eight
@@ -59,26 +59,14 @@ def prescale(matrices: jax.Array) -> Scaled:
       >>> float(scaled.matrix[0, 0]), int(scaled.exponent)
       (0.5916456580162048, 103)
     """
-    largest = largest_entry(matrices)
-    usable = jnp.isfinite(largest)
+    largest = jnp.max(jnp.abs(matrices), axis=(-2, -1), initial=0.0)
+    usable = all_finite(matrices, (-2, -1))
     nonzero = usable & (largest >= 4 * jnp.finfo(matrices.dtype).tiny)
     exponent = _exponent(chosen(nonzero, largest, jnp.ones_like(largest)))
     safe = chosen(usable[..., None, None], matrices, jnp.zeros_like(matrices))
     scaled = unscale(safe, -exponent[..., None, None])
     scaled = 0.5 * (scaled + jnp.swapaxes(scaled, -2, -1))
     return Scaled(scaled, exponent, usable, nonzero)
-
-
-def largest_entry(matrices: jax.Array) -> jax.Array:
-    """The largest absolute entry ``[...]``; a NaN where there is one anywhere.
-
-    XLA has a kernel for it, where ``all`` and ``any`` are compiled for every shape.
-
-    Example:
-      >>> largest_entry(jnp.array([[[1.0, -2.0]], [[jnp.nan, 0.0]]]))
-      Array([ 2., nan], dtype=float32)
-    """
-    return jnp.max(jnp.abs(matrices), axis=(-2, -1), initial=0.0)
 
 
 def largest_eigenvalue(matrices: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ def bias_correction(
     """
     decay = scalar(decay, dtype)
     correction = 1.0 - decay ** count.astype(dtype)
-    return jax.lax.select(decay < 1, correction, jnp.ones_like(correction))
+    return jnp.where(decay < 1, correction, jnp.ones_like(correction))
 
 
 def over(array: jax.Array, number: jax.Array) -> jax.Array:
@@ -47,7 +47,7 @@ def new_weight(decay: ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
     """The weight of the new sample: ``1 - decay``, or 1 where ``decay`` is 1."""
     # 1 - decay is taken before the cast: in float32, 1 - 0.999 has four digits.
     rest = scalar(1.0 - decay, dtype)
-    return jax.lax.select(rest > 0, rest, jnp.ones_like(rest))
+    return jnp.where(rest > 0, rest, jnp.ones_like(rest))
 
 
 def block_norm(blocks: jax.Array, *, batch_axes: int) -> jax.Array:

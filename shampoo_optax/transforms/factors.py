@@ -15,7 +15,6 @@ from shampoo_optax.layout.split import promoted
 from shampoo_optax.linalg import modes, packing
 from shampoo_optax.linalg.masks import chosen
 from shampoo_optax.linalg.rounding import rounded
-from shampoo_optax.linalg.scaling import largest_entry
 from shampoo_optax.transforms._in_turn import in_turn
 from shampoo_optax.transforms._numbers import bias_correction as correction_of
 from shampoo_optax.transforms._numbers import (
@@ -262,7 +261,7 @@ def measured_any(factors: jax.Array) -> jax.Array:
       >>> measured_any(jnp.zeros((1, 2, 2)))
       Array([False], dtype=bool)
     """
-    return largest_entry(factors) != 0
+    return jnp.sum(jnp.abs(factors), axis=(-2, -1)) != 0
 
 
 def no_failures(factors: Matrices) -> Matrices:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from shampoo_optax import _checks
-from shampoo_optax.linalg.masks import chosen
+from shampoo_optax.linalg.masks import all_finite, chosen
 from shampoo_optax.transforms._numbers import bias_correction as correction_of
 from shampoo_optax.transforms._numbers import new_weight, over, scalar
 
@@ -54,8 +54,7 @@ class Moment:
         nu = scalar(self.b2, old.dtype) * old + weight * seen * seen
         # A gradient that is not finite would stay in the moment for ever.
         axes = tuple(range(1, nu.ndim))
-        largest = jnp.max(jnp.abs(nu), axis=axes, keepdims=True, initial=0.0)
-        nu = chosen(jnp.isfinite(largest), nu, old)
+        nu = chosen(all_finite(nu, axes, keepdims=True), nu, old)
         return _shared(nu, null) if self.null_space == "share" else nu
 
     def divide(
