@@ -3,11 +3,13 @@
 LAPACK on several fake devices with several threads each is hundreds of times slower
 than with one.
 
-XLA compiles each program once a run: where JAX forgets one (another flag, a new function
-of the same meaning, another process) it is read back from a folder that ends with the run.
+XLA compiles each program once a run: where JAX forgets one (another flag, a new
+function of the same meaning, another process) it is read back from a folder that ends
+with the run.
 """
 
 import os
+import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,26 +21,31 @@ os.environ.setdefault(
     "XLA_FLAGS", "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 
-# The first process of a run makes the folder; its workers and programs find it here.
-PROGRAMS = None
-if "SHAMPOO_OPTAX_PROGRAMS" not in os.environ:
-    PROGRAMS = tempfile.TemporaryDirectory(prefix="shampoo_optax_programs_")
-    os.environ["SHAMPOO_OPTAX_PROGRAMS"] = PROGRAMS.name
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["SHAMPOO_OPTAX_PROGRAMS"]
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# The first process of a run makes the folder; its workers and programs find it here.
+FIRST = "SHAMPOO_OPTAX_PROGRAMS" not in os.environ
+if FIRST:
+    folder = tempfile.mkdtemp(prefix="shampoo_optax_programs_")
+    os.environ["SHAMPOO_OPTAX_PROGRAMS"] = folder
+PROGRAMS = os.environ["SHAMPOO_OPTAX_PROGRAMS"]
+for name, value in {
+    "jax_compilation_cache_dir": PROGRAMS,
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
+
 
 def pytest_unconfigure() -> None:
     """Remove the folder of programs."""
-    if PROGRAMS is not None:
-        PROGRAMS.cleanup()
+    if FIRST:
+        shutil.rmtree(PROGRAMS, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

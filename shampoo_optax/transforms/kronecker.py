@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from shampoo_optax import _checks
 from shampoo_optax.linalg import bases, modes, roots
+from shampoo_optax.linalg.masks import chosen
 from shampoo_optax.transforms import factors as statistics
 from shampoo_optax.transforms._in_turn import in_turn
 from shampoo_optax.transforms.exponents import Exponents, ExponentTable
@@ -246,7 +247,8 @@ def _refresh(
             root = stored_like(found[0], units.one_of(roots))
             units.put(roots, root, found[1])
             failed = ~found[1] & statistics.measured_any(batch)
-            units.put(failures, jnp.where(failed, units.take(failures) + 1, 0))
+            more = units.take(failures) + 1
+            units.put(failures, chosen(failed, more, jnp.zeros_like(more)))
             if cached is not None and vectors is not None and found[2] is not None:
                 units.put(cached, found[2].astype(vectors.dtype))
             return roots, failures, cached
