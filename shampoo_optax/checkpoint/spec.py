@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from shampoo_optax.checkpoint import moves
+from shampoo_optax.checkpoint import exponents, moves
 from shampoo_optax.checkpoint.compare import methods
 from shampoo_optax.checkpoint.digest import digests
 from shampoo_optax.layout.block_layout import BlockLayout
@@ -34,13 +34,16 @@ class DamagedCheckpoint(ValueError):
     """A checkpoint cannot be read, or is not what was saved."""
 
 
-def spec_of(arrays: dict[str, Any], layout: BlockLayout, extra: Any) -> Spec:
+def spec_of(
+    arrays: dict[str, Any], layout: BlockLayout, extra: Any, powers: exponents.Said
+) -> Spec:
     """The spec of ``{"params": ..., "optimizer": ...}`` (a view), with its checksum.
 
     Args:
       arrays: all that is saved; every process of a mesh has to call this.
       layout: which blocks.
       extra: anything that JSON can hold.
+      powers: the exponents of the roots in it.
 
     Returns:
       What JSON can hold.
@@ -59,6 +62,7 @@ def spec_of(arrays: dict[str, Any], layout: BlockLayout, extra: Any) -> Spec:
         },
         "layout": rules,
         "method": sorted(methods(arrays["optimizer"])),
+        "exponents": powers,
         "arrays": jax.tree.unflatten(treedef, said),
         "extra": extra,
     }
@@ -161,6 +165,7 @@ def _sound(spec: Spec) -> bool:
     """Whether everything is there and of its type; a spec may come from anywhere."""
     arrays = spec.get("arrays")
     known = isinstance(spec.get("version"), int) and "extra" in spec
+    known = known and exponents.sound(spec.get("exponents", {}))
     if not known or not isinstance(arrays, dict):
         return False
     depths = {"params": 1, "shared": 1, "parameters": 3}

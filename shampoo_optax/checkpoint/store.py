@@ -23,6 +23,7 @@ from shampoo_optax.checkpoint.compare import (
     compare_names,
     compare_params,
 )
+from shampoo_optax.checkpoint.exponents import exponents_of, other_exponent
 from shampoo_optax.checkpoint.moves import constant, nothing
 from shampoo_optax.checkpoint.names import Names, by_name
 from shampoo_optax.checkpoint.read import read_arrays, read_spec
@@ -96,7 +97,8 @@ def items(
         "optimizer": {key: node for key, node in view.items() if not _empty(node)},
     }
     args = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items() if tree}
-    said = specs.spec_of(arrays, layout, extra)
+    powers = exponents_of(state, params, layout)
+    said = specs.spec_of(arrays, layout, extra, powers)
     return {**args, "spec": ocp.args.JsonSave(said)}
 
 
@@ -162,11 +164,11 @@ def restore(
         not read but taken from ``params_like`` and ``state_like``, which hold arrays
         then. For new layers, or a new head.
       renamed: ``{new path: old path}`` of parameters, or of whatever they begin with.
-      reblock: the optimizer that goes on, where its blocks are others than those that
-        were saved. Moments are cut anew, factors as far as the old ones tell (see
-        docs/checkpoints.md), and all roots computed anew with
-        :func:`shampoo_optax.refresh_now`. Blocks of one layout have to nest in those of
-        the other; a second moment in an eigenbasis (SOAP) cannot be cut.
+      reblock: the optimizer that goes on, where its blocks, or the exponents of its
+        roots, are others than those that were saved. Moments are cut anew, factors as
+        far as the old ones tell (see docs/checkpoints.md), and all roots computed anew
+        with :func:`shampoo_optax.refresh_now`. Blocks of one layout have to nest in
+        those of the other; a second moment in an eigenbasis (SOAP) cannot be cut.
 
     Returns:
       The step, the parameters, the state, and the extra that was saved.
@@ -252,6 +254,10 @@ def _open(
     else:
         compare_names(saved, wanted["optimizer"])
         wanted["optimizer"] = _as_saved(wanted["optimizer"], saved)
+    powers = names.read(exponents_of(state_like, params_like, layout))
+    others = other_exponent(spec.get("exponents", {}), powers)
+    if others is not None and reblock is None:
+        raise ValueError(others)
     home = home_of(layout)
     found = read_arrays(manager, step, there, wanted, home, where)
     specs.check_digests(spec, found, where)
@@ -263,7 +269,7 @@ def _open(
     view = {"parameters": {}, "shared": {}} | found.pop("optimizer")
     cut = None if old is None else partial(recut, old=old, params=params_like)
     state = _state(view, restored, params_like, state_like, layout, names, cut)
-    if reblock is not None and cut is not None:
+    if reblock is not None and (cut is not None or others is not None):
         state = refresh_now(reblock, state, restored)
     return Restored(int(step), restored, state, spec["extra"])
 

@@ -13,10 +13,9 @@ from jax.sharding import Mesh, Sharding
 from shampoo_optax._paths import escaped, keys_of
 from shampoo_optax.checkpoint import moves
 from shampoo_optax.checkpoint.compare import WHOLE, compare
-from shampoo_optax.checkpoint.entries import Cut, Own, Shared, entries_of
+from shampoo_optax.checkpoint.entries import Cut, Own, Shared, box_of, entries_of
 from shampoo_optax.layout import placement
 from shampoo_optax.layout.block_layout import BlockLayout
-from shampoo_optax.layout.owners import Held
 from shampoo_optax.layout.plan import Shape
 
 View = dict[str, Any]
@@ -77,7 +76,7 @@ def view_by(take: Take, state: Any, params: optax.Params, layout: BlockLayout) -
             parts = take(entry, leaf)
             named = zip(entry.members, entry.names, parts, strict=True)
             for member, name, part in named:
-                box = _box(member)
+                box = box_of(member)
                 _put(view, (name, box, entry.slot_of(member)), part)
         elif leaf.size:
             _put(view, _where(entry), leaf)
@@ -139,7 +138,7 @@ def state_by(
     for entry, like in zip(entries, leaves, strict=True):
         if isinstance(entry, Cut):
             parts = [
-                view["parameters"][name][_box(member)].pop(entry.slot_of(member))
+                view["parameters"][name][box_of(member)].pop(entry.slot_of(member))
                 for member, name in zip(entry.members, entry.names, strict=True)
             ]
             stack = give(entry, parts, tuple(like.shape))
@@ -194,7 +193,7 @@ def abstract_by(
         if isinstance(entry, Cut):
             for member, name in zip(entry.members, entry.names, strict=True):
                 leaf = leaf_of(moves.shape_of(entry, member, like.shape), like.dtype)
-                _put(view, (name, _box(member), entry.slot_of(member)), leaf)
+                _put(view, (name, box_of(member), entry.slot_of(member)), leaf)
         elif like.size:
             where = _lies(entry, like, params, home)
             _put(view, _where(entry), _shape(like.shape, like.dtype, where))
@@ -235,10 +234,6 @@ def _get(view: View, where: tuple[str, ...]) -> Any:
     for key in where:
         node = node[key]
     return node
-
-
-def _box(member: Held) -> str:
-    return "x".join(map(str, member.box.whole))
 
 
 def _lies(
