@@ -142,7 +142,7 @@ class _Reader:
         tree, plan = self._tree(node)
         named = zip(tree.names, plan.shapes, strict=True)
         axes = [self.layout.leading_axes(name, shape) for name, shape in named]
-        members = held(plan, tree.specs, axes)
+        members = {key: tuple(of) for key, of in held(plan, tree.specs, axes).items()}
         paths, _ = jax.tree_util.tree_flatten_with_path(tree.abstract())
         names = [escaped(keys_of(path)) for path, _ in paths]
         leaves, _ = jax.tree_util.tree_flatten_with_path(node.blocks)
@@ -161,7 +161,7 @@ class _Reader:
             assert key is not None
             slot = self._once(_fields((*where[:at], *tail)), key, str(dim))
             kind = _kind(slot, leaf, plan.stacks[key], dim)
-            of = tuple(members[key])
+            of = members[key]
             owners = tuple(names[member.leaf] for member in of)
             power = powers.get(keys_of(inside))
             self.entries.append(Cut(slot, key, dim, kind, of, owners, power))

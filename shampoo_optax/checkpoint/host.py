@@ -27,7 +27,7 @@ from shampoo_optax.checkpoint.moves import (
 from shampoo_optax.layout.plan import Shape
 
 
-def taken(entry: Cut, stack: jax.Array) -> list[np.ndarray]:
+def taken(entry: Cut, stack: jax.Array | np.ndarray) -> list[np.ndarray]:
     """The members' parts of a leaf in stacks, as :func:`moves.taken` gives them.
 
     A part may share the stack's memory: it is for reading, while the stack is there.
@@ -69,8 +69,10 @@ def unread(shape: Shape, dtype: Any) -> np.ndarray:
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-def _pieces(stack: jax.Array) -> dict[int, np.ndarray]:
+def _pieces(stack: jax.Array | np.ndarray) -> dict[int, np.ndarray]:
     """What the devices hold of a stack, by first row; on CPUs without a copy."""
+    if isinstance(stack, np.ndarray):
+        return {0: stack}
     found: dict[int, np.ndarray] = {}
     for shard in stack.addressable_shards:
         if shard.data.shape[1:] != stack.shape[1:]:

@@ -13,13 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from shampoo_optax.checkpoint import exponents, moves
+from shampoo_optax.checkpoint import exponents, stacks
 from shampoo_optax.checkpoint.compare import methods
 from shampoo_optax.checkpoint.digest import digests
+from shampoo_optax.checkpoint.entries import Cut
 from shampoo_optax.layout.block_layout import BlockLayout
 
 FORMAT = "shampoo_optax"
-VERSION = int(moves.VERSION)
+VERSION = 2  # 1 held the view's arrays; golden checkpoints hold every one
 Spec = dict[str, Any]
 # Of the layout, what decides names and shapes; the mesh decides none.
 RULES = (
@@ -35,15 +36,20 @@ class DamagedCheckpoint(ValueError):
 
 
 def spec_of(
-    arrays: dict[str, Any], layout: BlockLayout, extra: Any, powers: exponents.Said
+    arrays: dict[str, Any],
+    layout: BlockLayout,
+    extra: Any,
+    powers: exponents.Said,
+    table: stacks.Table,
 ) -> Spec:
-    """The spec of ``{"params": ..., "optimizer": ...}`` (a view), with its checksum.
+    """The spec of ``{"params": ..., "optimizer": ...}``, with its checksum.
 
     Args:
       arrays: all that is saved; every process of a mesh has to call this.
       layout: which blocks.
       extra: anything that JSON can hold.
       powers: the exponents of the roots in it.
+      table: whose blocks the rows of its stacks are.
 
     Returns:
       What JSON can hold.
@@ -61,8 +67,9 @@ def spec_of(
             name: _version(name) for name in ("jax", "optax", "shampoo-optax")
         },
         "layout": rules,
-        "method": sorted(methods(arrays["optimizer"])),
+        "method": sorted(methods({"parameters": {"": table["leaves"]}})),
         "exponents": powers,
+        "stacks": table,
         "arrays": jax.tree.unflatten(treedef, said),
         "extra": extra,
     }
@@ -141,6 +148,25 @@ def shapes(spec: Spec) -> dict[str, Any]:
     )
 
 
+def entries_said(
+    spec: Spec, there: dict[str, Any], where: str
+) -> dict[str, dict[str, Cut]]:
+    """What the stacks of a spec hold, by stack and leaf.
+
+    Raises:
+      DamagedCheckpoint: it says what cannot be.
+    """
+    if not there and "stacks" not in spec:
+        return {}
+    try:
+        return stacks.entries_said(spec["stacks"], there)
+    except (AttributeError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise DamagedCheckpoint(
+            f"checkpoint: {where} is damaged: its spec tells of no such stacks as it "
+            f"holds ({error}). Restore another step."
+        ) from error
+
+
 def check_digests(spec: Spec, arrays: dict[str, Any], where: str) -> None:
     """Raise unless every array has the digest that it was saved with.
 
@@ -168,7 +194,7 @@ def _sound(spec: Spec) -> bool:
     known = known and exponents.sound(spec.get("exponents", {}))
     if not known or not isinstance(arrays, dict):
         return False
-    depths = {"params": 1, "shared": 1, "parameters": 3}
+    depths = {"params": 1, "shared": 1, "parameters": 3, "stacks": 2}
     optimizer = arrays.get("optimizer")
     if not isinstance(optimizer, dict) or "params" not in arrays:
         return False

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -62,17 +63,21 @@ def to_param_view(state: Any, params: optax.Params, layout: BlockLayout) -> View
     home = home_of(layout)
 
     def take(entry: Cut, stack: Any) -> Sequence[Any]:
-        return moves.taken(entry, stack, home)
+        return moves.taken(entry, stack, home, home.rows())
 
     return view_by(take, state, params, layout)
 
 
-def view_by(take: Take, state: Any, params: optax.Params, layout: BlockLayout) -> View:
-    """The view, with stacks taken apart by ``take``; see :func:`to_param_view`."""
+def view_by(
+    take: Take | None, state: Any, params: optax.Params, layout: BlockLayout
+) -> View:
+    """The view, with stacks taken apart by ``take`` (None: without them)."""
     view = _empty(home_of(layout))
     entries = entries_of(state, params, layout)
     for entry, leaf in zip(entries, jax.tree.leaves(state), strict=True):
         if isinstance(entry, Cut):
+            if take is None:
+                continue
             parts = take(entry, leaf)
             named = zip(entry.members, entry.names, parts, strict=True)
             for member, name, part in named:
@@ -113,6 +118,7 @@ def from_param_view(
       >>> jax.tree.all(jax.tree.map(jnp.array_equal, state, again))
       True
     """
+    compare(view, abstract_view(state_like, params, layout))
     home = home_of(layout)
     view = {**view, "parameters": _copied(view["parameters"])}
 
@@ -123,20 +129,26 @@ def from_param_view(
 
 
 def state_by(
-    give: Give, view: View, state_like: Any, params: optax.Params, layout: BlockLayout
+    give: Give,
+    view: View,
+    state_like: Any,
+    params: optax.Params,
+    layout: BlockLayout,
+    ready: Mapping[int, Any] = MappingProxyType({}),
 ) -> Any:
     """The state, with stacks put together by ``give``; see :func:`from_param_view`.
 
     Takes blocks out of ``view`` as it goes, so that there is no second state at the
-    end of it.
+    end of it. Of leaves that are ``ready``, by place, the view holds nothing.
     """
-    compare(view, abstract_view(state_like, params, layout))
     home = home_of(layout)
     leaves, treedef = jax.tree.flatten(state_like)
     made = []
     entries = entries_of(state_like, params, layout)
-    for entry, like in zip(entries, leaves, strict=True):
-        if isinstance(entry, Cut):
+    for place, (entry, like) in enumerate(zip(entries, leaves, strict=True)):
+        if place in ready:
+            made.append(ready[place])
+        elif isinstance(entry, Cut):
             parts = [
                 view["parameters"][name][box_of(member)].pop(entry.slot_of(member))
                 for member, name in zip(entry.members, entry.names, strict=True)
