@@ -7,10 +7,11 @@ The same parameters and state, three ways:
     ours   shampoo_optax.checkpoint: view, digests, verified, a state at the end
 
 Every save and every restore is measured in processes of their own, the ways in turn.
-Seconds are the median of warm calls, with the disk's cache warm; ``first`` is the first
-call of a process. Memory is the peak of a process's resident pages in its first call
-beyond what it had before it, as the kernel counts it, in parts of parameters and state.
-A restore holds what it read: Orbax's own is at least 1.
+Seconds are the median of warm calls, with the disk's cache warm, ``cpu`` what all
+threads were busy in them, ``first`` the first call of a process. Memory is the peak of
+a process's resident pages in its first call beyond what it had before it, as the kernel
+counts it, in parts of parameters and state. A restore holds what it read: Orbax's own
+is at least 1.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from shampoo_optax import checkpoint
 
 LAYERS, WIDTH, ROUNDS, CALLS = 12, 512, 3, 3
 HOW = ("orbax", "view", "ours")
-FIGURES = ("seconds", "first", "memory")
+FIGURES = ("seconds", "cpu", "first", "memory")
 
 
 def trees(layers: int, width: int) -> tuple[Any, Any, Any, Any]:
@@ -125,13 +126,15 @@ def run(how: str, what: str, folder: Path, size: tuple[int, ...]) -> dict[str, A
     way = Way(how, layers, width)
     with checkpoint.manager(folder, max_to_keep=1) as manager:
         last = manager.latest_step() or 0
-        seconds = []
+        seconds: list[float] = []
+        cpu: list[float] = []
 
         def once() -> Any:
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             step = last + len(seconds) + 1 if what == "save" else last
             made = getattr(way, what)(manager, step)
             seconds.append(time.perf_counter() - start)
+            cpu.append(time.process_time() - busy)
             return made
 
         memory = peak(once)
@@ -142,6 +145,7 @@ def run(how: str, what: str, folder: Path, size: tuple[int, ...]) -> dict[str, A
         "arrays": len(jax.tree.leaves(way.made)),
         "first": seconds[0],
         "seconds": statistics.median(seconds[1:]),
+        "cpu": statistics.median(cpu[1:]),
         "memory": memory / way.bytes,
     }
 

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import optax
-
-from shampoo_optax.checkpoint.entries import Cut, box_of, entries_of
-from shampoo_optax.layout.block_layout import BlockLayout
+from shampoo_optax.checkpoint.entries import Cut, Entry, box_of
 
 # {parameter: {block: {slot: exponent}}}: the view's own names, of roots alone.
 Said = dict[str, dict[str, dict[str, float]]]
 
 
-def exponents_of(state: Any, params: optax.Params, layout: BlockLayout) -> Said:
+def exponents_of(entries: Sequence[Entry]) -> Said:
     """The exponents of all roots of a state, by the names of the parameter view.
-
-    Args:
-      state: or shapes of one.
-      params: what it was made for.
-      layout: which blocks.
 
     Returns:
       Them; nothing of roots that do not say theirs.
     """
     found: Said = {}
-    for entry in entries_of(state, params, layout):
+    for entry in entries:
         if not isinstance(entry, Cut) or entry.exponent is None:
             continue
         for member, name in zip(entry.members, entry.names, strict=True):

@@ -33,6 +33,8 @@ from shampoo_optax.checkpoint.ways import ON_HOST, Way, way_of
 from shampoo_optax.layout.block_layout import BlockLayout
 from shampoo_optax.transforms.renewal import refresh_now
 
+Places = dict[tuple[str, str], int]  # of leaves in a state, by stack and name
+
 
 class Restored(NamedTuple):
     """What :func:`restore` gives."""
@@ -68,16 +70,21 @@ def open_step(manager: ocp.CheckpointManager, step: int, wanted: Wanted) -> Rest
     old = None
     if wanted.reblock is not None:
         old = specs.saved_layout(spec, wanted.layout, where)
-    others = _compare(saved, params, wanted, reblocked=old is not None)
-    way = way_of(wanted.layout) if old is None else ON_HOST
     entries = entries_of(wanted.state, wanted.params, wanted.layout)
-    asked = saved.asked(wanted, params, entries, way)
+    like = abstract_by(jax.ShapeDtypeStruct, wanted.state, wanted.params, wanted.layout)
+    others = _compare(saved, params, wanted, like, entries, reblocked=old is not None)
+    way = way_of(wanted.layout) if old is None else ON_HOST
+    same = saved.as_wanted(wanted, entries)
+    asked = saved.asked(wanted, like, same, way)
+    asked["params"] = wanted.names.read(params)
     home = home_of(wanted.layout)
     found = read_arrays(manager, step, saved.shapes, asked, home, where)
     specs.check_digests(spec, found, where)
     restored = _params(found.pop("params"), params, wanted)
     optimizer = _parts(found.pop("optimizer"))
-    ready = saved.ready(wanted, entries, optimizer["stacks"])
+    ready = {
+        place: optimizer["stacks"][key].pop(leaf) for (key, leaf), place in same.items()
+    }
     view = saved.view(optimizer, way)
     state = _state(view, restored, wanted, old, ready)
     if wanted.reblock is not None and (old is not None or others is not None):
@@ -103,13 +110,11 @@ class _Saved:
         return {"parameters": parameters, "shared": self.optimizer["shared"]}
 
     def asked(
-        self, wanted: Wanted, params: Any, entries: list[Entry], way: Way
+        self, wanted: Wanted, view: dict[str, Any], same: Places, way: Way
     ) -> dict[str, Any]:
         """What Orbax is asked for: stacks as they lie, or to be taken apart."""
         home = home_of(wanted.layout)
-        view = abstract_by(way.ask, wanted.state, wanted.params, wanted.layout)
         whole = wanted.names.read(view["parameters"])
-        same = self._same(wanted, entries)
 
         def slots(name: str, block: str, there: Mapping[str, Any]) -> dict[str, Any]:
             if block == WHOLE:
@@ -131,19 +136,7 @@ class _Saved:
             for key, leaves in self.optimizer["stacks"].items()
         }
         asked = {**view, "parameters": parameters, "stacks": stacked}
-        return {"params": wanted.names.read(params), "optimizer": asked}
-
-    def ready(
-        self, wanted: Wanted, entries: list[Entry], found: dict[str, Any]
-    ) -> dict[int, Any]:
-        """Leaves of the state that were read as they are, by place, taken from ``found``."""
-        same = self._same(wanted, entries)
-        places = {
-            (entry.key, stacks.leaf_name(entry)): place
-            for place, entry in enumerate(entries)
-            if isinstance(entry, Cut)
-        }
-        return {places[key, leaf]: found[key].pop(leaf) for key, leaf in sorted(same)}
+        return {"optimizer": asked}
 
     def view(self, optimizer: dict[str, Any], way: Way) -> dict[str, Any]:
         """The rest as a view; what was read is used up."""
@@ -154,36 +147,40 @@ class _Saved:
                 stacks.put_parts(parameters, entry, way.read(entry, leaves.pop(leaf)))
         return {"parameters": parameters, "shared": optimizer["shared"]}
 
-    def _same(self, wanted: Wanted, entries: list[Entry]) -> set[tuple[str, str]]:
-        """Stacks that lie as they are wanted."""
+    def as_wanted(self, wanted: Wanted, entries: list[Entry]) -> Places:
+        """Stacks that lie as they are wanted, and their places among the leaves."""
+        found: Places = {}
         if wanted.names.changed or wanted.reblock is not None:
-            return set()
+            return found
         leaves = jax.tree.leaves(wanted.state)
-        found = set()
-        for entry, like in zip(entries, leaves, strict=True):
+        for place, (entry, like) in enumerate(zip(entries, leaves, strict=True)):
             if isinstance(entry, Cut):
                 key, leaf = entry.key, stacks.leaf_name(entry)
                 there = self.entries.get(key, {}).get(leaf)
                 shape = _shape(self.optimizer["stacks"].get(key, {}).get(leaf, like))
                 if there and _shape(like) == shape and stacks.same_rows(entry, there):
-                    found.add((key, leaf))
+                    found[key, leaf] = place
         return found
 
 
 def _compare(
-    saved: _Saved, params: Any, wanted: Wanted, *, reblocked: bool
+    saved: _Saved,
+    params: Any,
+    wanted: Wanted,
+    view: dict[str, Any],
+    entries: list[Entry],
+    *,
+    reblocked: bool,
 ) -> str | None:
     """Raise where a step does not fit; what to say of other exponents, if any."""
     names = wanted.names
     compare_params(names.without_fresh(saved.shapes["params"]), names.read(params))
-    view = abstract_by(jax.ShapeDtypeStruct, wanted.state, wanted.params, wanted.layout)
     asked = {**view, "parameters": names.read(view["parameters"])}
     there = saved.as_view()
     there = {**there, "parameters": names.without_fresh(there["parameters"])}
     (compare_names if reblocked else compare)(there, asked)
-    powers = exponents_of(wanted.state, wanted.params, wanted.layout)
     found = saved.spec.get("exponents", {})
-    others = other_exponent(found, names.read(powers))
+    others = other_exponent(found, names.read(exponents_of(entries)))
     if others is not None and wanted.reblock is None:
         raise ValueError(others)
     return others

@@ -72,8 +72,7 @@ def items(
         "optimizer": {key: node for key, node in view.items() if not _empty(node)},
     }
     args = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items() if tree}
-    powers = exponents_of(state, params, layout)
-    table = stacks.table_of(entries)
+    powers, table = exponents_of(entries), stacks.table_of(entries)
     said = specs.spec_of(arrays, layout, extra, powers, table)
     return {**args, "spec": ocp.args.JsonSave(said)}
 
