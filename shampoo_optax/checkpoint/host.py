@@ -1,7 +1,7 @@
 """Rows of stacks to blocks by parameter and back, in the memory of one process.
 
-What :mod:`moves` does on the devices, for a process that has them all: a checkpoint's
-arrays pass through its memory anyhow. Blocks that lie next to each other are taken
+What :mod:`moves` does on the devices, for a process that has them all: what a
+checkpoint holds passes through its memory anyhow. Blocks that lie next to each other are taken
 without a copy, nothing is compiled, and the devices hold no second state.
 """
 
@@ -39,7 +39,7 @@ def taken(entry: Cut, stack: jax.Array | np.ndarray) -> list[np.ndarray]:
         if packed and part.shape[1:] != own:
             part = np.asarray(cut(jnp.asarray(part), own, packed))
         part = part[(slice(None), *map(slice, own))]
-        parts.append(np.ascontiguousarray(part.swapaxes(1, 2) if turn else part))
+        parts.append(part.swapaxes(1, 2) if turn else part)
     return parts
 
 

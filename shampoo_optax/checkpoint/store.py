@@ -88,8 +88,9 @@ def save(
 ) -> bool:
     """Save parameters and optimizer state after ``step`` steps.
 
-    On disk: parameters by name, the optimizer's parameter view, and a JSON spec with a
-    digest of every array. Arguments are those of :func:`items`.
+    On disk: parameters by name, the optimizer's state as it lies, and a JSON spec:
+    whose blocks its rows are, the exponents of its roots, a digest of every array.
+    Arguments are those of :func:`items`.
 
     Returns:
       Whether it saved: a manager may skip steps, and one that is there stays.

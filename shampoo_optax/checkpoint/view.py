@@ -25,7 +25,7 @@ Give = Callable[[Cut, Sequence[Any], Shape], Any]  # and back
 
 
 def to_param_view(state: Any, params: optax.Params, layout: BlockLayout) -> View:
-    """A state by parameter: the same on every mesh, and what a checkpoint holds.
+    """A state by parameter: the same on every mesh, and what checkpoints compare.
 
     Returns ``{"parameters": {path: {block shape: {slot: [blocks, ...]}}}, "shared":
     {slot: array}, "version": 1}``. A slot is named by the fields of the state, for
@@ -168,8 +168,8 @@ def state_by(
 def abstract_view(state_like: Any, params: optax.Params, layout: BlockLayout) -> View:
     """The shapes, dtypes and places of a view, before there is one.
 
-    What Orbax restores into: every device reads its share. Arguments are those of
-    :func:`from_param_view`.
+    With Orbax a view can be restored into them: every device reads its share. Arguments
+    are those of :func:`from_param_view`.
 
     Example:
       >>> layout = BlockLayout(max_preconditioner_dim=4)
