@@ -368,7 +368,7 @@ HOSTILE: dict[str, Callable[[Any], Any]] = {
     "a dimension too many": lambda s: _told(s).update(dim=7),
     "rows nowhere": lambda s: _told(s).update(rows=99),
     "rows a text": lambda s: _told(s).update(rows="0"),
-    "a row twice": lambda s: _rows(s).update(rows=[0] * len(_rows(s)["rows"])),
+    "a row twice": lambda s: _rows(s).update(rows=[0, 0]),
     "a row outside": lambda s: _rows(s)["rows"].append(2**62),
     "a row below": lambda s: _rows(s).update(rows=[-1]),
     "rows of another": lambda s: _rows(s).update(name="../../up"),

@@ -1,8 +1,8 @@
 """Rows of stacks to blocks by parameter and back, in the memory of one process.
 
 What :mod:`moves` does on the devices, for a process that has them all: what a
-checkpoint holds passes through its memory anyhow. Blocks that lie next to each other are taken
-without a copy, nothing is compiled, and the devices hold no second state.
+checkpoint holds passes through its memory anyhow. Blocks that lie next to each other
+are taken without a copy, nothing is compiled, and the devices hold no second state.
 """
 
 from __future__ import annotations

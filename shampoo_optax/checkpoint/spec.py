@@ -168,21 +168,22 @@ def entries_said(
 
 
 def check_digests(spec: Spec, arrays: dict[str, Any], where: str) -> None:
-    """Raise unless every array has the digest that it was saved with.
+    """Raise unless every array is what the spec says, to the last bit.
 
     Raises:
-      DamagedCheckpoint: naming the first that has not.
+      DamagedCheckpoint: naming the first that is not.
     """
-    wanted = _map(lambda said: said["digest"], spec["arrays"])
-    found = jax.tree.unflatten(jax.tree.structure(arrays), digests(arrays))
-    for path, number in jax.tree_util.tree_leaves_with_path(found):
-        node = wanted
+    paths = jax.tree_util.tree_leaves_with_path(arrays)
+    for (path, leaf), number in zip(paths, digests(arrays), strict=True):
+        said = spec["arrays"]
         for key in path:
-            node = node[key.key]
-        if node != number:
+            said = said[key.key]
+        kind = list(leaf.shape), str(leaf.dtype)
+        if kind != (said["shape"], said["dtype"]) or number != said["digest"]:
+            what = "digest" if number != said["digest"] else "shape or dtype"
             name = " ".join(str(key.key) for key in path)
             raise DamagedCheckpoint(
-                f"checkpoint: {where} is damaged: '{name}' has another digest than it "
+                f"checkpoint: {where} is damaged: '{name}' has another {what} than it "
                 "was saved with. Restore another step."
             )
 
