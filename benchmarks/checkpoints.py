@@ -191,8 +191,9 @@ def main(arguments: list[str] | None = None) -> None:
         metavar=("HOW", "WHAT", "FOLDER"),
         help="measure one, in this process",
     )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of all ways")
     args = parser.parse_args(arguments)
-    size = (2, 32, 1, 1) if args.quick else (LAYERS, WIDTH, ROUNDS, CALLS)
+    size = (2, 32, 1, 1) if args.quick else (LAYERS, WIDTH, args.rounds, CALLS)
     if args.run:
         how, what, folder = args.run
         print(json.dumps(run(how, what, Path(folder), size)))  # for the one above

@@ -218,6 +218,7 @@ def _state(
             kept = cut(kept, params=wanted.params)
         fresh = {name: slots for name, slots in anew.items() if names.is_fresh(name)}
         view = {**view, "parameters": {**kept, **fresh}}
+        compare(view, like)  # what was cut may lack what the other layout blocks
     return state_by(way.give, view, wanted.state, params, layout, ready)
 
 
