@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -199,7 +200,9 @@ def apart(matrices: jax.Array, sizes: jax.Array) -> jax.Array:
     return matrices + filled[:, None] * jnp.eye(len(places), dtype=matrices.dtype)[None]
 
 
-def zeros(stacks: Stacks, dims: dict[str, list[int]], kept: StateDtypes) -> Matrices:
+def zeros(
+    stacks: Stacks, dims: Mapping[str, Iterable[int]], kept: StateDtypes
+) -> Matrices:
     """Factors before the first step: zero, in float32 at least where not told."""
 
     def zero(stack: jax.Array, dim: int) -> jax.Array:
@@ -215,7 +218,7 @@ def zeros(stacks: Stacks, dims: dict[str, list[int]], kept: StateDtypes) -> Matr
 
 def identities(
     stacks: Stacks,
-    dims: dict[str, list[int]],
+    dims: Mapping[str, Iterable[int]],
     dtype: DTypeLike | None = None,
     *,
     packed: bool = False,
