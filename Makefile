@@ -28,12 +28,11 @@ lint: $(VENV)/.test ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench ## measure compile and step cost beside the peers
-	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.compile $(ARGS)
-	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.roots $(ARGS)
-	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.step $(ARGS)
-	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.run_once $(ARGS)
-	$(KEEP_MEMORY) $(BIN)/python -m benchmarks.staggered $(ARGS)
+# In about half an hour, into benchmarks/results/<platform>; ARGS="--only step" and others:
+# see ARGS=--help. PyTorch's optimizers join where they can be imported, from .venv or from
+# another interpreter: TORCH_PYTHON=path/to/python.
+bench: $(VENV)/.bench ## measure roots, step, compile, memory, convergence beside the peers
+	$(KEEP_MEMORY) $(BIN)/python -m benchmarks $(ARGS)
 
 # One CUDA device or TPU, in under ten minutes; JAX for it has to be in the environment:
 # .venv/bin/python -m pip install 'jax[cuda12]'

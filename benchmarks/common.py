@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 
 RESULTS = Path(__file__).parent / "results"
+NOW = "... "  # what a line of progress begins with
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "psgdax")
 
 
@@ -28,6 +30,11 @@ def arguments(description: str, name: str) -> argparse.ArgumentParser:
         "--out", type=Path, help=f"JSON file; default {where}, none with --quick"
     )
     return parser
+
+
+def say(what: str) -> None:
+    """Progress, for one who waits; `make bench` shows the last of it."""
+    print(NOW + what, file=sys.stderr, flush=True)
 
 
 def environment() -> dict[str, Any]:

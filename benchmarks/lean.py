@@ -30,7 +30,7 @@ from examples import train_lm
 from examples.lm.data import load_corpus
 from examples.lm.task import language_model
 from examples.training.progress import new_console
-from examples.training.task import Schedule
+from examples.training.task import Schedule, Task
 
 BF16 = jnp.bfloat16
 SETTINGS = {
@@ -141,10 +141,28 @@ def weights(make: Optimizer, trained: Any) -> dict[str, float]:
     return found
 
 
+def weights_of_all(task: Task) -> dict[str, dict[str, float]]:
+    """The same of every setting."""
+    like = jax.eval_shape(lambda: task.start(optax.identity()).params)
+    return {name: weights(make, like) for name, (_, make) in optimizers().items()}
+
+
+def weigh_only(args: argparse.Namespace, task: Task) -> None:
+    """Prints and writes the bytes, as the memory of ``make bench``."""
+    held = weights_of_all(task)
+    env = common.environment()
+    print(common.heading(env) + "\n")
+    columns = list(next(iter(held.values())))
+    rows = [[name, *each.values()] for name, each in held.items()]
+    print(common.table(["state", *(f"B/param {c}" for c in columns)], rows))
+    common.save(args, "memory", {"environment": env, "bytes_per_parameter": held})
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = common.arguments(__doc__, "lean")
     parser.add_argument("--seeds", type=int, default=3, help="default 3")
+    parser.add_argument("--weigh", action="store_true", help="bytes; no training")
     return parser.parse_args(arguments)
 
 
@@ -156,6 +174,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.quick:
         shape = shape._replace(context=16, width=16, layers=1, hidden=16)
         steps, seeds = 10, 1
+    if args.weigh:
+        weigh_only(args, language_model(load_corpus(), shape, batch_size=1, seed=0))
+        return
     corpus = load_corpus()
     schedule = Schedule(steps, min(EVERY, steps), steps)
     path = args.out
@@ -178,8 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
                 )
             last[name].append(runs[key][-1] if runs[key] else math.inf)
             console.print(f"{name}, seed {seed}: {last[name][-1]:.4f}")
-    like = jax.eval_shape(lambda: task.start(optax.identity()).params)
-    held = {name: weights(make, like) for name, (_, make) in makers.items()}
+    held = weights_of_all(task)
     means = {name: statistics.mean(losses) for name, losses in last.items()}
     runs.content |= {"environment": env, "bytes_per_parameter": held, "loss": means}
     runs.write()

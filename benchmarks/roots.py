@@ -121,6 +121,7 @@ def measure(size: int, repetitions: int) -> dict[str, Any]:
     times = seconds({"product": lambda: product(first)} | calls, repetitions)
     results = {}
     for name, method in METHODS.items():
+        common.say(f"{size} x {size}: {name}")
         kinds = {}
         for kind, matrix in matrices.items():
             found = solvers[name](jnp.asarray(matrix))

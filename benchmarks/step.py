@@ -10,7 +10,16 @@ jitted function with donated parameters and state, on the same normal gradients.
   a refresh and those without; two rounds of warm-up;
 - floor: what Shampoo must multiply, the Gram matrices and mode products of its
   blocks, 4 m n (m + n) operations for a block m x n, at the best rate of a float32
-  matrix product in this run (batched 256 x 256, or 1024 x 1024, the higher).
+  matrix product in this run (batched 256 x 256, or 1024 x 1024, the higher);
+- refresh over eigh, on a CPU: what a refresh adds to a plain step, over the time of its
+  float64 eigendecompositions alone, of the same factors in the same calls right after
+  it; and what the rest of a refresh is made of, each piece timed with all before it
+  (floor.py: the product V f(w) V^T, then prescale, symmetrisation and gate; the rest is
+  taking blocks and putting them back);
+- PyTorch's optimizers, where an interpreter has them (``--torch-python``, or the
+  variable ``TORCH_PYTHON``): in processes of their own, in turn with ours, in units of
+  PyTorch's AdamW. Their refresh is the slowest of ten steps. The first call of those
+  is not an optimizer compiled anew, so it is measured once.
 
 The machine is rarely quiet: only ratios within one run mean something. `make bench`
 has glibc keep its memory between steps, for every optimizer alike; without that (`make
@@ -20,7 +29,6 @@ clears new ones in the next. Faults are the pages it had to bring in a plain ste
 
 from __future__ import annotations
 
-import functools
 import resource
 import statistics
 import time
@@ -29,8 +37,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import shampoo_optax as so
-from benchmarks import common, optimizers, shapes
+from benchmarks import common, floor, optimizers, peers, shapes
 
 # Plain steps in units of AdamW's, measured elsewhere on the same kind of machine.
 META = {"mlp": 31.0, "convnet": 17.0, "transformer": 13.0, "small": 32.0}
@@ -67,40 +74,10 @@ def models(quick: bool) -> dict[str, shapes.Tree]:
     }
 
 
-def matmul_rates(quick: bool) -> dict[str, float]:
-    """Best rate of float32 matrix products, in 1e9 operations per second."""
-    sizes = {"32 of 256x256": (32, 256), "1 of 1024x1024": (1, 1024)}
-    rates = {}
-    for name, (number, size) in sizes.items():
-        matrices = jnp.ones((number, 32 if quick else size, 32 if quick else size))
-        multiply = jax.jit(functools.partial(jnp.matmul, precision="highest"))
-        seconds = []
-        for _ in range(3 if quick else 40):
-            begin = time.perf_counter()
-            multiply(matrices, matrices).block_until_ready()
-            seconds.append(time.perf_counter() - begin)
-        operations = 2 * number * matrices.shape[-1] ** 3
-        rates[name] = operations / min(seconds) / 1e9
-    return rates
-
-
-def operations(tree: shapes.Tree, block: int) -> int:
-    """What a step of Shampoo must multiply and add, see the top of the file."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    names = [jax.tree_util.keystr(path) for path, _ in leaves]
-    layout = so.BlockLayout(max_preconditioner_dim=block)
-    plan = layout.plan(names, [leaf.shape for _, leaf in leaves])
-    total = 0
-    for number, *sides in plan.stacks.values():
-        elements = number
-        for side in sides:
-            elements *= side
-        total += 4 * elements * sum(sides)
-    return total
-
-
 class Runner:
     """One optimizer on one set of shapes, and what was measured of it."""
+
+    base = "adamw"  # what it is measured by
 
     def __init__(self, name: str, tree: shapes.Tree) -> None:
         self.make = optimizers.known()[name]
@@ -109,6 +86,9 @@ class Runner:
         self.plain: list[float] = []
         self.refresh: list[float] = []
         self.faults: list[int] = []
+        # Elsewhere roots are not made by eigendecomposition.
+        on_cpu = name == "shampoo" and jax.default_backend() == "cpu"
+        self.floor = floor.RefreshFloor() if on_cpu else None
 
     def first_call(self) -> None:
         """Start anew: a new function, new state, JAX's caches cleared."""
@@ -146,8 +126,11 @@ class Runner:
             self.faults += faults[:-1]
             self.plain += seconds[:-1]
             self.refresh.append(seconds[-1])
+        if self.floor is not None and len(seconds) > 1:
+            added = seconds[-1] - statistics.median(seconds[:-1])
+            self.floor.measure(self.state, added, record=record)
 
-    def result(self) -> dict[str, float]:
+    def result(self) -> dict[str, Any]:
         """Medians."""
         plain = 1e3 * statistics.median(self.plain)
         refresh = 1e3 * statistics.median(self.refresh)
@@ -160,26 +143,44 @@ class Runner:
             "faults": int(statistics.median(self.faults)),
             "first_s": statistics.median(self.first),
             "state_bytes_per_parameter": state / shapes.number(self.tree),
+            **(self.floor.result() if self.floor is not None else {}),
         }
 
+    def close(self) -> None:
+        """Let its arrays go."""
+        del self.params, self.gradient, self.state
 
-def measure(tree: shapes.Tree, names: list[str], rounds: int) -> dict[str, Any]:
-    """All optimizers on one set of shapes."""
-    runners = {name: Runner(name, tree) for name in names}
-    for _ in range(3):
-        for runner in runners.values():
+
+def measure(
+    tree: shapes.Tree, names: list[str], rounds: int, torch: tuple[str, list[str]]
+) -> dict[str, Any]:
+    """All optimizers on one set of shapes; ``torch``: an interpreter, and its peers."""
+    runners: dict[str, Runner | peers.TorchRunner] = {
+        name: Runner(name, tree) for name in names
+    }
+    runners |= {name: peers.TorchRunner(name, tree, torch[0]) for name in torch[1]}
+    for i in range(3):
+        for name, runner in runners.items():
+            common.say(f"first call, {i + 1} of 3: {name}")
             runner.first_call()
     for i in range(rounds + 2):
-        for runner in runners.values():
+        for name, runner in runners.items():
+            common.say(f"round {i + 1} of {rounds + 2}: {name}")
             runner.period(record=i >= 2)
-    return {name: runner.result() for name, runner in runners.items()}
+    found = {}
+    for name, runner in runners.items():
+        found[name] = {"base": runner.base, **runner.result()}
+        runner.close()
+    return found
 
 
 def rows(results: dict[str, Any], floor_ms: float) -> list[list[Any]]:
     """The table of one set of shapes; only Shampoo has that floor."""
-    base = results["adamw"]
     table = []
     for name, r in results.items():
+        if "failure" in r:
+            continue
+        base = results[r["base"]]
         floor = floor_ms if name == "shampoo" else None
         row: list[Any] = [name]
         for key, over_floor in (("plain", True), ("refresh", False), ("average", True)):
@@ -187,9 +188,22 @@ def rows(results: dict[str, Any], floor_ms: float) -> list[list[Any]]:
             row += [value, value / base["plain_ms"]]
             if over_floor:
                 row.append(value / floor if floor else None)
-        row += [r["faults"], r["first_s"], r["first_s"] / base["first_s"]]
+        row += [r.get("faults"), r["first_s"], r["first_s"] / base["first_s"]]
         table.append([*row, r["state_bytes_per_parameter"]])
     return table
+
+
+def notes(results: dict[str, Any]) -> list[str]:
+    """What does not fit into the table."""
+    lines = []
+    for name, r in results.items():
+        if "failure" in r:
+            lines.append(f"{name}: left out: {r['failure'].splitlines()[0]}")
+        if "refresh_over_eigh" in r:
+            parts = [f"{k} {v:.1f}" for k, v in r["refresh_parts_ms"].items()]
+            over = f"{r['refresh_over_eigh']:.2f}"
+            lines.append(f"refresh over eigh {over}; ms: {', '.join(parts)}")
+    return lines
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -198,15 +212,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, help="periods timed, default 8")
     parser.add_argument("--only", nargs="*", help="names of shape sets")
     parser.add_argument("--optimizers", nargs="*", help="adamw is always there")
+    parser.add_argument("--torch-python", help="an interpreter with PyTorch's peers")
     args = parser.parse_args(arguments)
     names = list(optimizers.known())
     if args.quick:
         names = ["adamw", "shampoo"]
     if args.optimizers:
         names = [n for n in names if n == "adamw" or n in args.optimizers]
+    python, others, versions = peers.available(args.torch_python)
+    if args.quick or args.optimizers:
+        others = [n for n in others if n in (peers.BASE, *(args.optimizers or ()))]
     env = common.environment()
+    env["versions"] |= {k: v for k, v in versions.items() if v}
     print(common.heading(env))
-    rates = matmul_rates(args.quick)
+    rates = floor.matmul_rates(args.quick)
     rate = max(rates.values())
     print("matmul, 1e9/s:", ", ".join(f"{k}: {v:.1f}" for k, v in rates.items()))
     out = {"environment": env, "matmul_rates": rates, "meta_times_adamw": META}
@@ -214,15 +233,17 @@ def main(arguments: list[str] | None = None) -> None:
     for model, tree in models(args.quick).items():
         if args.only and model not in args.only:
             continue
-        floor = operations(tree, optimizers.BLOCK) / rate / 1e6
-        results = measure(
-            tree, [n for n in names if (model, n) not in TOO_SLOW], rounds
-        )
+        floor_ms = floor.operations(tree, optimizers.BLOCK) / rate / 1e6
+        fit = [n for n in names if (model, n) not in TOO_SLOW]
+        results = measure(tree, fit, rounds, (python, others))
         size = f"{shapes.number(tree) / 1e6:.2f}M parameters"
-        print(f"\n{model}: {size}, floor {floor:.2f} ms, Meta {META[model]:g} x adamw")
-        print(common.table(COLUMNS, rows(results, floor)), flush=True)
-        out[model] = {"floor_ms": floor, "optimizers": results}
-    common.save(args, "step", out)
+        print(
+            f"\n{model}: {size}, floor {floor_ms:.2f} ms, Meta {META[model]:g} x adamw"
+        )
+        print(common.table(COLUMNS, rows(results, floor_ms)))
+        print("\n".join(notes(results)), flush=True)
+        out[model] = {"floor_ms": floor_ms, "optimizers": results}
+        common.save(args, "step", out)  # what there is, should it be stopped
 
 
 if __name__ == "__main__":
