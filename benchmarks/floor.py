@@ -114,11 +114,14 @@ class RefreshFloor:
             self.over.append(refresh / self.seconds["eigh"][-1])
 
     def result(self) -> dict[str, Any]:
-        """Medians; a refresh over its floor is a median of ratios, round by round."""
+        """A refresh over its floor: the median of the ratios, round by round.
+
+        Of the pieces the least of all rounds: their differences are small.
+        """
         if not self.over:
             return {}
-        total = [1e3 * statistics.median(self.seconds[name]) for name in PIECES]
-        total.append(1e3 * statistics.median(self.refresh))
+        total = [1e3 * min(self.seconds[name]) for name in PIECES]
+        total.append(1e3 * min(self.refresh))
         names = [*PIECES, "rest"]  # blocks taken and put back, and the branch
         pairs = zip(names, [0.0, *total], total, strict=False)
         return {
