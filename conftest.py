@@ -3,11 +3,13 @@
 LAPACK on several fake devices with several threads each is hundreds of times slower
 than with one.
 
-XLA compiles each program once a process: where JAX forgets one (another flag, a new
-function of the same meaning) it is read back from a folder that ends with the process.
+XLA compiles each program once a run: where JAX forgets one (another flag, a new
+function of the same meaning, another process) it is read back from a folder that ends
+with the run.
 """
 
 import os
+import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -25,15 +27,25 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-PROGRAMS = tempfile.TemporaryDirectory(prefix="shampoo_optax_programs_")
-jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+# The first process of a run makes the folder; its workers and programs find it here.
+FIRST = "SHAMPOO_OPTAX_PROGRAMS" not in os.environ
+if FIRST:
+    folder = tempfile.mkdtemp(prefix="shampoo_optax_programs_")
+    os.environ["SHAMPOO_OPTAX_PROGRAMS"] = folder
+PROGRAMS = os.environ["SHAMPOO_OPTAX_PROGRAMS"]
+for name, value in {
+    "jax_compilation_cache_dir": PROGRAMS,
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 
 
 def pytest_unconfigure() -> None:
     """Remove the folder of programs."""
-    PROGRAMS.cleanup()
+    if FIRST:
+        shutil.rmtree(PROGRAMS, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -1,19 +1,30 @@
 """What our checkpoints cost beyond Orbax's own, at about a gigabyte of state.
 
-The same parameters and state, saved and restored by plain Orbax (the raw trees) and by
-shampoo_optax.checkpoint (view, digests, verified), in turn, each in processes of its
-own for the memory. Seconds are the median of some rounds; the disk's cache is warm.
+The same parameters and state, three ways:
+
+    orbax  plain Orbax, the raw trees: few large arrays, which no other mesh opens
+    view   plain Orbax, the arrays of the parameter view, made beforehand
+    ours   shampoo_optax.checkpoint: verified by digests, opened by any mesh
+
+``elsewhere`` is a restore for which every block has to be moved, as on another mesh.
+Every save and every restore is measured in processes of their own, the ways in turn.
+Seconds are the median of warm calls, with the disk's cache warm, ``cpu`` what all
+threads were busy in them, ``first`` the first call of a process. Memory is the peak of
+a process's resident pages in its first call beyond what it had before it, as the kernel
+counts it, in parts of parameters and state. A restore holds what it read: Orbax's own
+is at least 1.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +38,10 @@ import shampoo_optax as so
 from benchmarks import common
 from shampoo_optax import checkpoint
 
-LAYERS, WIDTH, ROUNDS = 12, 512, 5
-HOW = ("orbax", "ours")
+LAYERS, WIDTH, ROUNDS, CALLS = 12, 512, 3, 3
+HOW = ("orbax", "view", "ours")
+WHAT = ("save", "restore", "elsewhere")
+FIGURES = ("seconds", "cpu", "first", "memory")
 
 
 def trees(layers: int, width: int) -> tuple[Any, Any, Any, Any]:
@@ -54,77 +67,150 @@ def trees(layers: int, width: int) -> tuple[Any, Any, Any, Any]:
     return params, state, tx, layout
 
 
-def once(how: str, folder: Path, made: tuple[Any, Any, Any, Any]) -> dict[str, float]:
-    """Seconds of one save to its end, and of one restore."""
-    params, state, tx, layout = made
-    with checkpoint.manager(folder) as manager:
-        start = time.perf_counter()
-        if how == "ours":
-            checkpoint.save(manager, 1, params, state, layout)
+class Way:
+    """One way to save and to restore."""
+
+    def __init__(self, how: str, layers: int, width: int) -> None:
+        """Make what is saved."""
+        self.ours = how == "ours"
+        self.params, self.state, self.tx, self.layout = trees(layers, width)
+        self.made = {"params": self.params, "state": self.state}
+        self.bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.made))
+        if how == "view":
+            view = checkpoint.to_param_view(self.state, self.params, self.layout)
+            self.made["state"] = view
+            self.state = None  # the view's arrays are others
+        jax.block_until_ready(self.made)
+
+    def save(self, manager: ocp.CheckpointManager, step: int) -> None:
+        """To the end."""
+        if self.ours:
+            checkpoint.save(manager, step, self.params, self.state, self.layout)
         else:
-            save = ocp.args.StandardSave
-            args = ocp.args.Composite(params=save(params), state=save(state))
-            manager.save(1, args=args)
+            args = {k: ocp.args.StandardSave(tree) for k, tree in self.made.items()}
+            manager.save(step, args=ocp.args.Composite(**args))
         manager.wait_until_finished()
-        saved = time.perf_counter()
-        if how == "ours":
-            shapes = jax.eval_shape(tx.init, params)
-            found = checkpoint.restore(manager, params, shapes, layout)
-            jax.block_until_ready((found.params, found.state))
+
+    def elsewhere(self, manager: ocp.CheckpointManager, step: int) -> Any:
+        """The arrays, which do not lie as they are wanted."""
+        # Who asks for other blocks gets blocks one by one, these here as they are.
+        return self.restore(manager, step, reblock=self.tx)
+
+    def restore(self, manager: ocp.CheckpointManager, step: int, **how: Any) -> Any:
+        """The arrays, when they are there."""
+        if self.ours:
+            shapes = jax.eval_shape(self.tx.init, self.params)
+            found: Any = checkpoint.restore(
+                manager, self.params, shapes, self.layout, step=step, **how
+            )[1:3]
         else:
-            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, (params, state))
-            load = ocp.args.StandardRestore
-            args = ocp.args.Composite(params=load(target[0]), state=load(target[1]))
-            found = manager.restore(1, args=args)
-            jax.block_until_ready((found["params"], found["state"]))
-        return {"save": saved - start, "restore": time.perf_counter() - saved}
+            like = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.made)
+            args = {k: ocp.args.StandardRestore(tree) for k, tree in like.items()}
+            found = manager.restore(step, args=ocp.args.Composite(**args))
+            found = dict(found.items())
+        return jax.block_until_ready(found)
 
 
-def run(how: str, layers: int, width: int, rounds: int) -> dict[str, Any]:
-    """Rounds of one way, in this process."""
-    made = trees(layers, width)
-    jax.block_until_ready(made[:2])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times = []
-    for _ in range(rounds + 1):
-        with tempfile.TemporaryDirectory() as folder:
-            times.append(once(how, Path(folder) / "run", made))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(made[:2]))
+def resident(field: str) -> int:
+    """Bytes of this process's memory, by a field of Linux's ``/proc``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def peak(call: Callable[[], Any]) -> int:
+    """What a call takes at most, beyond what the process holds before it."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    kept = call()
+    found = resident("VmHWM") - before
+    del kept
+    return found
+
+
+def run(how: str, what: str, folder: Path, size: tuple[int, ...]) -> dict[str, Any]:
+    """One way to save or to restore, in this process."""
+    layers, width, _, calls = size
+    way = Way(how, layers, width)
+    with checkpoint.manager(folder, max_to_keep=1) as manager:
+        last = manager.latest_step() or 0
+        seconds: list[float] = []
+        cpu: list[float] = []
+
+        def once() -> Any:
+            start, busy = time.perf_counter(), time.process_time()
+            step = last + len(seconds) + 1 if what == "save" else last
+            made = getattr(way, what)(manager, step)
+            seconds.append(time.perf_counter() - start)
+            cpu.append(time.process_time() - busy)
+            return made
+
+        memory = peak(once)
+        for _ in range(calls):
+            once()
     return {
-        "bytes": size,
-        "first_save": times[0]["save"],
-        "first_restore": times[0]["restore"],
-        "save": statistics.median(t["save"] for t in times[1:]),
-        "restore": statistics.median(t["restore"] for t in times[1:]),
-        "peak_over_state": (peak - before) * 1024 / size,
+        "bytes": way.bytes,
+        "arrays": len(jax.tree.leaves(way.made)),
+        "first": seconds[0],
+        "seconds": statistics.median(seconds[1:]),
+        "cpu": statistics.median(cpu[1:]),
+        "memory": memory / way.bytes,
+    }
+
+
+def measured(quick: bool, size: tuple[int, ...]) -> dict[str, Any]:
+    """Medians over the rounds: by save and restore, by way, by figure."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(size[2]):
+            for what, how in itertools.product(WHAT, HOW):
+                if what != "elsewhere" or how == "ours":
+                    command = [sys.executable, "-m", "benchmarks.checkpoints"]
+                    command += ["--run", how, what, f"{folder}/{how}"]
+                    command += ["--quick"] if quick else []
+                    done = subprocess.run(
+                        command, check=True, capture_output=True, text=True
+                    )
+                    said = json.loads(done.stdout.splitlines()[-1])
+                    found.setdefault(what, {}).setdefault(how, []).append(said)
+    return {
+        what: {
+            how: {k: statistics.median(said[k] for said in rounds) for k in rounds[0]}
+            for how, rounds in by_how.items()
+        }
+        for what, by_how in found.items()
     }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures both, each in a process of its own, and prints."""
+    """Measures all, each in a process of its own, and prints."""
     parser = common.arguments(__doc__, "checkpoints")
-    parser.add_argument("--how", choices=HOW, help="measure one, in this process")
+    parser.add_argument(
+        "--run",
+        nargs=3,
+        metavar=("HOW", "WHAT", "FOLDER"),
+        help="measure one, in this process",
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of all ways")
     args = parser.parse_args(arguments)
-    size = (2, 32, 1) if args.quick else (LAYERS, WIDTH, ROUNDS)
-    if args.how:
-        print(json.dumps(run(args.how, *size)))  # for the process above
+    size = (2, 32, 1, 1) if args.quick else (LAYERS, WIDTH, args.rounds, CALLS)
+    if args.run:
+        how, what, folder = args.run
+        print(json.dumps(run(how, what, Path(folder), size)))  # for the one above
         return
-    found = {}
-    for how in HOW:
-        flags = ["--quick"] if args.quick else []
-        command = [sys.executable, "-m", "benchmarks.checkpoints", "--how", how, *flags]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[how] = json.loads(done.stdout.splitlines()[-1])
+    found = measured(args.quick, size)
     env = common.environment()
     console = Console()
     console.print(common.heading(env), soft_wrap=True)
-    title = f"{found['ours']['bytes'] / 1e9:.2f} GB of parameters and state"
-    table = Table("", *HOW, "ours over Orbax's", title=title)
-    for name in ("save", "restore", "first_save", "first_restore", "peak_over_state"):
-        each = [found[how][name] for how in HOW]
-        cells = [f"{value:.2f}" for value in each]
-        table.add_row(name, *cells, f"{each[1] / each[0]:.2f}")
+    size_said = f"{found['save']['ours']['bytes'] / 1e9:.2f} GB"
+    table = Table("", *HOW, "of orbax", "of view", title=size_said)
+    for what, by_how in found.items():
+        by_how = {**found["restore"], **by_how}  # elsewhere beside Orbax's one way
+        for figure in FIGURES:
+            each = [by_how[how][figure] for how in HOW]
+            cells = [f"{value:.2f}" for value in each]
+            ratios = [f"{each[-1] / other:.2f}" for other in each[:-1]]
+            table.add_row(f"{what} {figure}", *cells, *ratios)
     console.print(table)
     path = args.out
     if path is None and not args.quick:

@@ -39,6 +39,11 @@ ROWS = {
     "memory": ("memory that they take", "tests/test_checkpoint.py"),
     "processes": ("saved by two processes of four devices", "tests/test_processes.py"),
 }
+LABELS = {
+    "save": "save",
+    "restore": "restore",
+    "elsewhere": "restore, every block moved",
+}
 
 
 def table(results: Path = RESULTS) -> str:
@@ -57,15 +62,22 @@ def table(results: Path = RESULTS) -> str:
     for name, (what, test) in ROWS.items():
         rows.append(f"| {what} | {', '.join(sorted(set(found[name])))} | `{test}` |")
     times = json.loads((results / "checkpoints.json").read_text())
-    size = times["ours"]["bytes"] / 1e9
-    labels = {"save": "save", "restore": "restore", "peak_over_state": "peak memory"}
-    for key, label in labels.items():
-        ours, orbax = times["ours"][key], times["orbax"][key]
-        unit = "of the state" if key == "peak_over_state" else "s"
-        rows.append(
-            f"| {label}, {size:.2f} GB | {ours:.2f} {unit}, Orbax's own of the raw "
-            f"trees {orbax:.2f}: {ours / orbax:.2f}x | `benchmarks/checkpoints.py` |"
+    size = times["save"]["ours"]["bytes"] / 1e9
+    for what, label in LABELS.items():
+        ours = times[what]["ours"]
+        raw, same = (
+            ({**times["restore"], **times[what]})[how] for how in ("orbax", "view")
         )
+        for figure, unit in (("seconds", " s"), ("memory", " of the state")):
+            each = (
+                f"{other[figure]:.2f} {of}: {ours[figure] / other[figure]:.2f}x"
+                for other, of in ((raw, "of the raw trees"), (same, "of the view"))
+            )
+            name = label if figure == "seconds" else f"{label}: peak memory"
+            rows.append(
+                f"| {name}, {size:.2f} GB | {ours[figure]:.2f}{unit}; Orbax's own "
+                f"{', '.join(each)} | `benchmarks/checkpoints.py` |"
+            )
     return "\n".join(rows) + "\n"
 
 

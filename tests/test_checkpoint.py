@@ -331,6 +331,20 @@ def _leaf(said: Any) -> Any:
     return said["arrays"]["params"]["w"]
 
 
+def _told(said: Any) -> Any:
+    """What is said of a factor."""
+    return said["stacks"]["leaves"]["4x4"]["blocks/inner/direction/factors/0"]
+
+
+def _rows(said: Any) -> Any:
+    return said["stacks"]["rows"][_told(said)["rows"]][0]
+
+
+def _stack(said: Any) -> Any:
+    stacks = said["arrays"]["optimizer"]["stacks"]
+    return stacks["4x4"]["blocks/inner/direction/factors/0"]
+
+
 HOSTILE: dict[str, Callable[[Any], Any]] = {
     "huge": lambda s: _leaf(s).update(shape=[2**40, 2**20]),
     "negative": lambda s: _leaf(s).update(shape=[-1, 6]),
@@ -347,6 +361,22 @@ HOSTILE: dict[str, Callable[[Any], Any]] = {
     "another format": lambda s: s.update(format="pickle"),
     "digest missing": lambda s: _leaf(s).pop("digest"),
     "digest wrong": lambda s: _leaf(s).update(digest=1),
+    "no table": lambda s: s.pop("stacks"),
+    "table a list": lambda s: s.update(stacks=[1]),
+    "leaf not told": lambda s: s["stacks"]["leaves"].popitem(),
+    "another kind": lambda s: _told(s).update(kind="vector"),
+    "a dimension too many": lambda s: _told(s).update(dim=7),
+    "rows nowhere": lambda s: _told(s).update(rows=99),
+    "rows a text": lambda s: _told(s).update(rows="0"),
+    "a row twice": lambda s: _rows(s).update(rows=[0, 0]),
+    "a row outside": lambda s: _rows(s)["rows"].append(2**62),
+    "a row below": lambda s: _rows(s).update(rows=[-1]),
+    "rows of another": lambda s: _rows(s).update(name="../../up"),
+    "a huge block": lambda s: _rows(s).update(block=[2**40, 4]),
+    "turned a text": lambda s: _rows(s).update(turned="no"),
+    "fewer rows": lambda s: _rows(s)["rows"].pop(),
+    "a huge stack": lambda s: _stack(s).update(shape=[2**40, 4, 4]),
+    "a larger stack": lambda s: _stack(s).update(shape=[9, 4, 4]),
 }
 
 

@@ -18,7 +18,7 @@ import shampoo_optax as so
 from shampoo_optax import checkpoint
 from shampoo_optax.layout import block_layout
 from shampoo_optax.layout.fold import fold, merge
-from shampoo_optax.layout.merging import at_most, cost, merged
+from shampoo_optax.layout.merging import at_most, cost, merged, rounded_up
 from shampoo_optax.layout.plan import Leaf, Route, block_sides, cut, make_plan
 from shampoo_optax.layout.split import join, split
 from tests import helpers
@@ -253,16 +253,50 @@ def test_the_planner_against_every_way_to_join(
 SIDES = st.tuples(st.integers(1, 12), st.integers(1, 12))
 
 
-@hypothesis.given(st.lists(SIDES, min_size=1, max_size=24), st.integers(1, 6))
+@hypothesis.given(
+    st.dictionaries(st.integers(1, 40), st.integers(1, 9), max_size=7),
+    st.integers(1, 8),
+)
+@hypothesis.settings(deadline=None, derandomize=True)
+def test_rounding_sides_against_every_way(weights: dict[int, int], most: int) -> None:
+    up = rounded_up(weights, most)
+    assert up.keys() == weights.keys() and all(n <= to for n, to in up.items())
+    assert len(set(up.values())) <= most
+
+    def price(tops: tuple[int, ...]) -> float:
+        over = [min((t for t in tops if t >= n), default=math.inf) for n in weights]
+        return sum(w * to**2 for w, to in zip(weights.values(), over, strict=True))
+
+    ways = itertools.combinations_with_replacement(sorted(weights), most)
+    best = min(map(price, ways), default=0)
+    assert sum(weights[n] * to**2 for n, to in up.items()) == best
+
+
+def test_sides_that_parts_are_exchanged_along_stay() -> None:
+    """Two devices hold halves of the rows; what is filled is filled along columns."""
+    route = Route(shards=(("d",), ()))
+    shapes = (8, 7), (8, 6), (6, 6), (6, 5), (4, 4)
+    leaves = tuple(Leaf(s, (s[0] // 2, s[1]), 1, s, route) for s in shapes)
+    plan = make_plan(leaves, 8, axis_sizes=(("d", 2),), block_axes=("d",))
+    few = at_most(plan, 3, 1, 8)
+    assert few.stacks.keys() == {"8x7", "6x7", "4x7"}
+    assert all(group.parts == 2 for of in few.groups.values() for group in of)
+
+
+@hypothesis.given(
+    st.lists(SIDES, min_size=1, max_size=24), st.integers(1, 6), st.integers(1, 6)
+)
 def test_not_more_stacks_than_asked_for(
-    shapes: list[tuple[int, int]], number: int
+    shapes: list[tuple[int, int]], number: int, sides: int
 ) -> None:
     leaves = tuple(Leaf(shape, shape, 1, shape) for shape in shapes)
     plan = make_plan(leaves, 12)
-    few = at_most(plan, number, 10)
+    few = at_most(plan, number, sides, 10)
     long = {key for key, (_, *sides) in plan.stacks.items() if max(sides) > 10}
     assert long <= few.stacks.keys()  # such a side has no factor: they stay
     assert len(few.stacks.keys() - long) <= number
+    filled = [few.stacks[key][1:] for key in few.stacks.keys() - long]
+    assert len({side for shape in filled for side in shape}) <= sides
     assert sum(n for n, *_ in few.stacks.values()) == len(shapes)
     for key, groups in few.groups.items():
         for _, box in groups[0].members:

@@ -24,6 +24,8 @@ from shampoo_optax.layout.plan import Plan, Shape
 from shampoo_optax.linalg import packing
 from shampoo_optax.transforms._tree import Tree
 from shampoo_optax.transforms.blockwise import BlockwiseState
+from shampoo_optax.transforms.exponents import read
+from shampoo_optax.transforms.kronecker import KroneckerState
 
 Kind = Literal["sides", "packed", "block", "number"]
 MATRICES = re.compile(r"\d+(x\d+)+")  # a stack's key, whatever the plan
@@ -39,6 +41,7 @@ class Cut:
     kind: Kind  # what the other axes are: of the block, square in a side, ...
     members: tuple[Held, ...]
     names: tuple[str, ...]  # of the members' parameters
+    exponent: float | None = None  # of roots
 
     def slot_of(self, member: Held) -> str:
         """The name in the member's own orientation."""
@@ -65,6 +68,11 @@ class Shared:
 
 
 Entry = Cut | Own | Shared
+
+
+def box_of(member: Held) -> str:
+    """The shape of a parameter's blocks, as a view names them."""
+    return "x".join(map(str, member.box.whole))
 
 
 def entries_of(state: Any, params: optax.Params, layout: BlockLayout) -> list[Entry]:
@@ -134,10 +142,11 @@ class _Reader:
         tree, plan = self._tree(node)
         named = zip(tree.names, plan.shapes, strict=True)
         axes = [self.layout.leading_axes(name, shape) for name, shape in named]
-        members = held(plan, tree.specs, axes)
+        members = {key: tuple(of) for key, of in held(plan, tree.specs, axes).items()}
         paths, _ = jax.tree_util.tree_flatten_with_path(tree.abstract())
         names = [escaped(keys_of(path)) for path, _ in paths]
         leaves, _ = jax.tree_util.tree_flatten_with_path(node.blocks)
+        powers = _powers(node)
         for inside, leaf in leaves:
             where = (*path, jax.tree_util.GetAttrKey("blocks"), *inside)
             keys = [_dict_key(key) for key in where]
@@ -152,9 +161,10 @@ class _Reader:
             assert key is not None
             slot = self._once(_fields((*where[:at], *tail)), key, str(dim))
             kind = _kind(slot, leaf, plan.stacks[key], dim)
-            of = tuple(members[key])
+            of = members[key]
             owners = tuple(names[member.leaf] for member in of)
-            self.entries.append(Cut(slot, key, dim, kind, of, owners))
+            power = powers.get(keys_of(inside))
+            self.entries.append(Cut(slot, key, dim, kind, of, owners, power))
 
     def _tree(self, node: BlockwiseState) -> tuple[Tree, Plan]:
         """The parameters that a state's stacks are of: under a mask, not all."""
@@ -200,6 +210,19 @@ def _fits(node: BlockwiseState, tree: Tree) -> bool:
     }
     rows = {key: shape[:1] for key, shape in plan.stacks.items()}
     return not stacks or stacks == rows
+
+
+def _powers(node: BlockwiseState) -> dict[Keys, float]:
+    """The exponents of all roots, by their places in the state of the blocks."""
+    nodes, _ = jax.tree_util.tree_flatten_with_path(
+        node.blocks, is_leaf=lambda inside: isinstance(inside, KroneckerState)
+    )
+    return {
+        (*keys_of(path), "roots", key, dim): power
+        for path, inside in nodes
+        if isinstance(inside, KroneckerState)
+        for (key, dim), power in read(inside.exponents).items()
+    }
 
 
 def _is_mark(node: Any) -> bool:

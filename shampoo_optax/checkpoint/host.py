@@ -1,8 +1,8 @@
 """Rows of stacks to blocks by parameter and back, in the memory of one process.
 
-What :mod:`moves` does on the devices, for a process that has them all: a checkpoint's
-arrays pass through its memory anyhow. Blocks that lie next to each other are taken
-without a copy, nothing is compiled, and the devices hold no second state.
+What :mod:`moves` does on the devices, for a process that has them all: what a
+checkpoint holds passes through its memory anyhow. Blocks that lie next to each other
+are taken without a copy, nothing is compiled, and the devices hold no second state.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from shampoo_optax.checkpoint.moves import (
 from shampoo_optax.layout.plan import Shape
 
 
-def taken(entry: Cut, stack: jax.Array) -> list[np.ndarray]:
+def taken(entry: Cut, stack: jax.Array | np.ndarray) -> list[np.ndarray]:
     """The members' parts of a leaf in stacks, as :func:`moves.taken` gives them.
 
     A part may share the stack's memory: it is for reading, while the stack is there.
@@ -39,7 +39,7 @@ def taken(entry: Cut, stack: jax.Array) -> list[np.ndarray]:
         if packed and part.shape[1:] != own:
             part = np.asarray(cut(jnp.asarray(part), own, packed))
         part = part[(slice(None), *map(slice, own))]
-        parts.append(np.ascontiguousarray(part.swapaxes(1, 2) if turn else part))
+        parts.append(part.swapaxes(1, 2) if turn else part)
     return parts
 
 
@@ -69,8 +69,10 @@ def unread(shape: Shape, dtype: Any) -> np.ndarray:
     return np.broadcast_to(np.zeros((), dtype), shape)
 
 
-def _pieces(stack: jax.Array) -> dict[int, np.ndarray]:
+def _pieces(stack: jax.Array | np.ndarray) -> dict[int, np.ndarray]:
     """What the devices hold of a stack, by first row; on CPUs without a copy."""
+    if isinstance(stack, np.ndarray):
+        return {0: stack}
     found: dict[int, np.ndarray] = {}
     for shard in stack.addressable_shards:
         if shard.data.shape[1:] != stack.shape[1:]:

@@ -90,8 +90,10 @@ def shape_of(entry: Cut, member: Held, stack: Shape) -> Shape:
     return (len(member.rows), *sides_of(entry, member, stack, own=True))
 
 
-def taken(entry: Cut, stack: jax.Array, home: Home) -> list[jax.Array]:
-    """The members' parts of a leaf in stacks."""
+def taken(
+    entry: Cut, stack: jax.Array, home: Home, where: Sharding | None
+) -> list[jax.Array]:
+    """The members' parts of a leaf in stacks, which lies, or is put, ``where``."""
     run = _taker(
         tuple(len(member.rows) for member in entry.members),
         tuple(sides_of(entry, m, stack.shape, own=False) for m in entry.members),
@@ -101,7 +103,7 @@ def taken(entry: Cut, stack: jax.Array, home: Home) -> list[jax.Array]:
         tuple(home.aside(shape_of(entry, m, stack.shape)) for m in entry.members),
     )
     places = [_places(member.rows) for member in entry.members]
-    return in_turn(run(placed(stack, home.rows()), places))
+    return in_turn(run(placed(stack, where), places))
 
 
 def given(

@@ -30,6 +30,11 @@ class Names:
         """Keep what :func:`restore` was told."""
         self.fresh, self.renamed = fresh, renamed
 
+    @property
+    def changed(self) -> bool:
+        """Whether any parameter is begun anew or was renamed."""
+        return self.fresh is not None or bool(self.renamed)
+
     def read(self, tree: Mapping[str, Any]) -> dict[str, Any]:
         """What is to be read, by its old name."""
         return {self.old(k): v for k, v in tree.items() if not self.is_fresh(k)}

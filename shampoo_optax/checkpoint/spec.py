@@ -13,13 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from shampoo_optax.checkpoint import moves
+from shampoo_optax.checkpoint import exponents, stacks
 from shampoo_optax.checkpoint.compare import methods
 from shampoo_optax.checkpoint.digest import digests
+from shampoo_optax.checkpoint.entries import Cut
 from shampoo_optax.layout.block_layout import BlockLayout
 
 FORMAT = "shampoo_optax"
-VERSION = int(moves.VERSION)
+VERSION = 2  # 1 held the view's arrays; golden checkpoints hold every one
 Spec = dict[str, Any]
 # Of the layout, what decides names and shapes; the mesh decides none.
 RULES = (
@@ -34,13 +35,21 @@ class DamagedCheckpoint(ValueError):
     """A checkpoint cannot be read, or is not what was saved."""
 
 
-def spec_of(arrays: dict[str, Any], layout: BlockLayout, extra: Any) -> Spec:
-    """The spec of ``{"params": ..., "optimizer": ...}`` (a view), with its checksum.
+def spec_of(
+    arrays: dict[str, Any],
+    layout: BlockLayout,
+    extra: Any,
+    powers: exponents.Said,
+    table: stacks.Table,
+) -> Spec:
+    """The spec of ``{"params": ..., "optimizer": ...}``, with its checksum.
 
     Args:
       arrays: all that is saved; every process of a mesh has to call this.
       layout: which blocks.
       extra: anything that JSON can hold.
+      powers: the exponents of the roots in it.
+      table: whose blocks the rows of its stacks are.
 
     Returns:
       What JSON can hold.
@@ -58,7 +67,9 @@ def spec_of(arrays: dict[str, Any], layout: BlockLayout, extra: Any) -> Spec:
             name: _version(name) for name in ("jax", "optax", "shampoo-optax")
         },
         "layout": rules,
-        "method": sorted(methods(arrays["optimizer"])),
+        "method": sorted(methods({"parameters": {"": table["leaves"]}})),
+        "exponents": powers,
+        "stacks": table,
         "arrays": jax.tree.unflatten(treedef, said),
         "extra": extra,
     }
@@ -137,22 +148,42 @@ def shapes(spec: Spec) -> dict[str, Any]:
     )
 
 
-def check_digests(spec: Spec, arrays: dict[str, Any], where: str) -> None:
-    """Raise unless every array has the digest that it was saved with.
+def entries_said(
+    spec: Spec, there: dict[str, Any], where: str
+) -> dict[str, dict[str, Cut]]:
+    """What the stacks of a spec hold, by stack and leaf.
 
     Raises:
-      DamagedCheckpoint: naming the first that has not.
+      DamagedCheckpoint: it says what cannot be.
     """
-    wanted = _map(lambda said: said["digest"], spec["arrays"])
-    found = jax.tree.unflatten(jax.tree.structure(arrays), digests(arrays))
-    for path, number in jax.tree_util.tree_leaves_with_path(found):
-        node = wanted
+    if not there and "stacks" not in spec:
+        return {}
+    try:
+        return stacks.entries_said(spec["stacks"], there)
+    except (AttributeError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise DamagedCheckpoint(
+            f"checkpoint: {where} is damaged: its spec tells of no such stacks as it "
+            f"holds ({error}). Restore another step."
+        ) from error
+
+
+def check_digests(spec: Spec, arrays: dict[str, Any], where: str) -> None:
+    """Raise unless every array is what the spec says, to the last bit.
+
+    Raises:
+      DamagedCheckpoint: naming the first that is not.
+    """
+    paths = jax.tree_util.tree_leaves_with_path(arrays)
+    for (path, leaf), number in zip(paths, digests(arrays), strict=True):
+        said = spec["arrays"]
         for key in path:
-            node = node[key.key]
-        if node != number:
+            said = said[key.key]
+        kind = list(leaf.shape), str(leaf.dtype)
+        if kind != (said["shape"], said["dtype"]) or number != said["digest"]:
+            what = "digest" if number != said["digest"] else "shape or dtype"
             name = " ".join(str(key.key) for key in path)
             raise DamagedCheckpoint(
-                f"checkpoint: {where} is damaged: '{name}' has another digest than it "
+                f"checkpoint: {where} is damaged: '{name}' has another {what} than it "
                 "was saved with. Restore another step."
             )
 
@@ -161,9 +192,10 @@ def _sound(spec: Spec) -> bool:
     """Whether everything is there and of its type; a spec may come from anywhere."""
     arrays = spec.get("arrays")
     known = isinstance(spec.get("version"), int) and "extra" in spec
+    known = known and exponents.sound(spec.get("exponents", {}))
     if not known or not isinstance(arrays, dict):
         return False
-    depths = {"params": 1, "shared": 1, "parameters": 3}
+    depths = {"params": 1, "shared": 1, "parameters": 3, "stacks": 2}
     optimizer = arrays.get("optimizer")
     if not isinstance(optimizer, dict) or "params" not in arrays:
         return False

@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 
-from shampoo_optax._paths import escaped, keys_of
-from shampoo_optax.checkpoint import host
 from shampoo_optax.checkpoint import spec as specs
-from shampoo_optax.checkpoint.compare import (
-    WHOLE,
-    compare,
-    compare_names,
-    compare_params,
-)
-from shampoo_optax.checkpoint.moves import constant, nothing
+from shampoo_optax.checkpoint import stacks
+from shampoo_optax.checkpoint.entries import entries_of
+from shampoo_optax.checkpoint.exponents import exponents_of
 from shampoo_optax.checkpoint.names import Names, by_name
-from shampoo_optax.checkpoint.read import read_arrays, read_spec
-from shampoo_optax.checkpoint.reblock import recut
+from shampoo_optax.checkpoint.opening import Restored, Wanted, open_step
+from shampoo_optax.checkpoint.read import read_spec
 from shampoo_optax.checkpoint.spec import DamagedCheckpoint
-from shampoo_optax.checkpoint.view import (
-    abstract_by,
-    abstract_view,
-    home_of,
-    state_by,
-    view_by,
-)
-from shampoo_optax.checkpoint.ways import Way, way_of
+from shampoo_optax.checkpoint.view import view_by
 from shampoo_optax.layout.block_layout import BlockLayout
-from shampoo_optax.transforms.renewal import refresh_now
-
-
-class Restored(NamedTuple):
-    """What :func:`restore` gives."""
-
-    step: int
-    params: Any
-    state: Any
-    extra: Any
 
 
 def manager(directory: str | Path, *, max_to_keep: int = 3) -> ocp.CheckpointManager:
@@ -89,14 +63,17 @@ def items(
     Raises:
       ValueError: the state does not fit, see :func:`to_param_view`.
     """
-    view = view_by(way_of(layout).take, state, params, layout)
+    entries = entries_of(state, params, layout)
+    view = view_by(None, state, params, layout)
+    view["stacks"] = stacks.by_leaf(entries, jax.tree.leaves(state))
     leaves = by_name(params)
     arrays = {
         "params": {name: leaf for name, leaf in leaves.items() if leaf.size},
         "optimizer": {key: node for key, node in view.items() if not _empty(node)},
     }
     args = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items() if tree}
-    said = specs.spec_of(arrays, layout, extra)
+    powers, table = exponents_of(entries), stacks.table_of(entries)
+    said = specs.spec_of(arrays, layout, extra, powers, table)
     return {**args, "spec": ocp.args.JsonSave(said)}
 
 
@@ -111,8 +88,9 @@ def save(
 ) -> bool:
     """Save parameters and optimizer state after ``step`` steps.
 
-    On disk: parameters by name, the optimizer's parameter view, and a JSON spec with a
-    digest of every array. Arguments are those of :func:`items`.
+    On disk: parameters by name, the optimizer's state as it lies, and a JSON spec:
+    whose blocks its rows are, the exponents of its roots, a digest of every array.
+    Arguments are those of :func:`items`.
 
     Returns:
       Whether it saved: a manager may skip steps, and one that is there stays.
@@ -162,11 +140,11 @@ def restore(
         not read but taken from ``params_like`` and ``state_like``, which hold arrays
         then. For new layers, or a new head.
       renamed: ``{new path: old path}`` of parameters, or of whatever they begin with.
-      reblock: the optimizer that goes on, where its blocks are others than those that
-        were saved. Moments are cut anew, factors as far as the old ones tell (see
-        docs/checkpoints.md), and all roots computed anew with
-        :func:`shampoo_optax.refresh_now`. Blocks of one layout have to nest in those of
-        the other; a second moment in an eigenbasis (SOAP) cannot be cut.
+      reblock: the optimizer that goes on, where its blocks, or the exponents of its
+        roots, are others than those that were saved. Moments are cut anew, factors as
+        far as the old ones tell (see docs/checkpoints.md), and all roots computed anew
+        with :func:`shampoo_optax.refresh_now`. Blocks of one layout have to nest in
+        those of the other; a second moment in an eigenbasis (SOAP) cannot be cut.
 
     Returns:
       The step, the parameters, the state, and the extra that was saved.
@@ -185,10 +163,10 @@ def restore(
             f"{'any' if step is None else step}."
         )
     names = Names(fresh, renamed or {})
-    like = params_like, state_like, layout
+    wanted = Wanted(params_like, state_like, layout, names, reblock)
     for candidate in known if step is None else [step]:
         try:
-            return _open(manager, candidate, *like, names, reblock)
+            return open_step(manager, candidate, wanted)
         except DamagedCheckpoint as damage:
             if step is not None or candidate == known[-1]:
                 raise
@@ -219,103 +197,14 @@ def latest_verified_step(
       The step; None where there is none.
     """
     manager.wait_until_finished()
+    wanted = Wanted(params_like, state_like, layout, Names(None, {}))
     for step in sorted(manager.all_steps(), reverse=True):
         try:
-            _open(manager, step, params_like, state_like, layout, Names(None, {}))
+            open_step(manager, step, wanted)
         except DamagedCheckpoint:
             continue
         return int(step)
     return None
-
-
-def _open(
-    manager: ocp.CheckpointManager,
-    step: int,
-    params_like: optax.Params,
-    state_like: Any,
-    layout: BlockLayout,
-    names: Names,
-    reblock: optax.GradientTransformationExtraArgs | None = None,
-) -> Restored:
-    where = f"step {step} of {manager.directory}"
-    spec = read_spec(manager, step, where)
-    there = specs.shapes(spec)
-    params = {k: v for k, v in by_name(params_like).items() if math.prod(jnp.shape(v))}
-    view = abstract_by(way_of(layout).ask, state_like, params_like, layout)
-    wanted = {"params": names.read(params), "optimizer": _renamed(view, names.read)}
-    compare_params(names.without_fresh(there["params"]), wanted["params"])
-    saved = {"parameters": {}, "shared": {}} | there["optimizer"]
-    saved = _renamed(saved, names.without_fresh)
-    old = None if reblock is None else specs.saved_layout(spec, layout, where)
-    if old is None:
-        compare(saved, wanted["optimizer"])
-    else:
-        compare_names(saved, wanted["optimizer"])
-        wanted["optimizer"] = _as_saved(wanted["optimizer"], saved)
-    home = home_of(layout)
-    found = read_arrays(manager, step, there, wanted, home, where)
-    specs.check_digests(spec, found, where)
-    read = names.back(found["params"], params)
-    merged = {k: _empty_array(v) for k, v in by_name(params_like).items()} | read
-    paths, treedef = jax.tree_util.tree_flatten_with_path(params_like)
-    leaves = [merged[escaped(keys_of(path))] for path, _ in paths]
-    restored = jax.tree.unflatten(treedef, leaves)
-    view = {"parameters": {}, "shared": {}} | found.pop("optimizer")
-    cut = None if old is None else partial(recut, old=old, params=params_like)
-    state = _state(view, restored, params_like, state_like, layout, names, cut)
-    if reblock is not None and cut is not None:
-        state = refresh_now(reblock, state, restored)
-    return Restored(int(step), restored, state, spec["extra"])
-
-
-def _state(
-    view: dict[str, Any],
-    params: optax.Params,
-    params_like: optax.Params,
-    state_like: Any,
-    layout: BlockLayout,
-    names: Names,
-    cut: Callable[..., Any] | None,
-) -> Any:
-    """The state of a view that was read, which is used up."""
-    way = way_of(layout)
-    if names.fresh is not None or names.renamed or cut is not None:
-        anew = {}
-        if names.fresh is not None:
-            anew = view_by(way.take, state_like, params_like, layout)["parameters"]
-        wanted = abstract_view(state_like, params_like, layout)["parameters"]
-        kept = names.back(view.pop("parameters"), wanted)
-        if cut is not None:
-            way = Way(way.take, host.given, way.ask)
-            kept = cut(kept, new=specs.on_one_device(layout))
-        begun = {name: slots for name, slots in anew.items() if names.is_fresh(name)}
-        view = {**view, "parameters": {**kept, **begun}}
-    return state_by(way.give, view, state_like, params, layout)
-
-
-def _as_saved(wanted: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """What is to be read of a view in other blocks: blocks to the host."""
-    parameters = {
-        name: {
-            block: wanted["parameters"][name].get(WHOLE, slots)
-            if block == WHOLE
-            else {slot: host.unread(x.shape, x.dtype) for slot, x in slots.items()}
-            for block, slots in blocks.items()
-        }
-        for name, blocks in saved["parameters"].items()
-    }
-    return {**wanted, "parameters": parameters}
-
-
-def _renamed(view: Mapping[str, Any], rename: Any) -> dict[str, Any]:
-    return {**view, "parameters": rename(view["parameters"])}
-
-
-def _empty_array(leaf: Any) -> Any:
-    """A parameter without entries, which no file holds; another as it is."""
-    if math.prod(jnp.shape(leaf)):
-        return leaf
-    return constant(nothing(leaf), getattr(leaf, "sharding", None))
 
 
 def _empty(node: Any) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -13,10 +14,9 @@ from jax.sharding import Mesh, Sharding
 from shampoo_optax._paths import escaped, keys_of
 from shampoo_optax.checkpoint import moves
 from shampoo_optax.checkpoint.compare import WHOLE, compare
-from shampoo_optax.checkpoint.entries import Cut, Own, Shared, entries_of
+from shampoo_optax.checkpoint.entries import Cut, Own, Shared, box_of, entries_of
 from shampoo_optax.layout import placement
 from shampoo_optax.layout.block_layout import BlockLayout
-from shampoo_optax.layout.owners import Held
 from shampoo_optax.layout.plan import Shape
 
 View = dict[str, Any]
@@ -25,7 +25,7 @@ Give = Callable[[Cut, Sequence[Any], Shape], Any]  # and back
 
 
 def to_param_view(state: Any, params: optax.Params, layout: BlockLayout) -> View:
-    """A state by parameter: the same on every mesh, and what a checkpoint holds.
+    """A state by parameter: the same on every mesh, and what checkpoints compare.
 
     Returns ``{"parameters": {path: {block shape: {slot: [blocks, ...]}}}, "shared":
     {slot: array}, "version": 1}``. A slot is named by the fields of the state, for
@@ -63,21 +63,25 @@ def to_param_view(state: Any, params: optax.Params, layout: BlockLayout) -> View
     home = home_of(layout)
 
     def take(entry: Cut, stack: Any) -> Sequence[Any]:
-        return moves.taken(entry, stack, home)
+        return moves.taken(entry, stack, home, home.rows())
 
     return view_by(take, state, params, layout)
 
 
-def view_by(take: Take, state: Any, params: optax.Params, layout: BlockLayout) -> View:
-    """The view, with stacks taken apart by ``take``; see :func:`to_param_view`."""
+def view_by(
+    take: Take | None, state: Any, params: optax.Params, layout: BlockLayout
+) -> View:
+    """The view, with stacks taken apart by ``take`` (None: without them)."""
     view = _empty(home_of(layout))
     entries = entries_of(state, params, layout)
     for entry, leaf in zip(entries, jax.tree.leaves(state), strict=True):
         if isinstance(entry, Cut):
+            if take is None:
+                continue
             parts = take(entry, leaf)
             named = zip(entry.members, entry.names, parts, strict=True)
             for member, name, part in named:
-                box = _box(member)
+                box = box_of(member)
                 _put(view, (name, box, entry.slot_of(member)), part)
         elif leaf.size:
             _put(view, _where(entry), leaf)
@@ -114,6 +118,7 @@ def from_param_view(
       >>> jax.tree.all(jax.tree.map(jnp.array_equal, state, again))
       True
     """
+    compare(view, abstract_view(state_like, params, layout))
     home = home_of(layout)
     view = {**view, "parameters": _copied(view["parameters"])}
 
@@ -124,22 +129,28 @@ def from_param_view(
 
 
 def state_by(
-    give: Give, view: View, state_like: Any, params: optax.Params, layout: BlockLayout
+    give: Give,
+    view: View,
+    state_like: Any,
+    params: optax.Params,
+    layout: BlockLayout,
+    ready: Mapping[int, Any] = MappingProxyType({}),
 ) -> Any:
     """The state, with stacks put together by ``give``; see :func:`from_param_view`.
 
     Takes blocks out of ``view`` as it goes, so that there is no second state at the
-    end of it.
+    end of it. Of leaves that are ``ready``, by place, the view holds nothing.
     """
-    compare(view, abstract_view(state_like, params, layout))
     home = home_of(layout)
     leaves, treedef = jax.tree.flatten(state_like)
     made = []
     entries = entries_of(state_like, params, layout)
-    for entry, like in zip(entries, leaves, strict=True):
-        if isinstance(entry, Cut):
+    for place, (entry, like) in enumerate(zip(entries, leaves, strict=True)):
+        if place in ready:
+            made.append(ready[place])
+        elif isinstance(entry, Cut):
             parts = [
-                view["parameters"][name][_box(member)].pop(entry.slot_of(member))
+                view["parameters"][name][box_of(member)].pop(entry.slot_of(member))
                 for member, name in zip(entry.members, entry.names, strict=True)
             ]
             stack = give(entry, parts, tuple(like.shape))
@@ -157,8 +168,8 @@ def state_by(
 def abstract_view(state_like: Any, params: optax.Params, layout: BlockLayout) -> View:
     """The shapes, dtypes and places of a view, before there is one.
 
-    What Orbax restores into: every device reads its share. Arguments are those of
-    :func:`from_param_view`.
+    With Orbax a view can be restored into them: every device reads its share. Arguments
+    are those of :func:`from_param_view`.
 
     Example:
       >>> layout = BlockLayout(max_preconditioner_dim=4)
@@ -194,7 +205,7 @@ def abstract_by(
         if isinstance(entry, Cut):
             for member, name in zip(entry.members, entry.names, strict=True):
                 leaf = leaf_of(moves.shape_of(entry, member, like.shape), like.dtype)
-                _put(view, (name, _box(member), entry.slot_of(member)), leaf)
+                _put(view, (name, box_of(member), entry.slot_of(member)), leaf)
         elif like.size:
             where = _lies(entry, like, params, home)
             _put(view, _where(entry), _shape(like.shape, like.dtype, where))
@@ -235,10 +246,6 @@ def _get(view: View, where: tuple[str, ...]) -> Any:
     for key in where:
         node = node[key]
     return node
-
-
-def _box(member: Held) -> str:
-    return "x".join(map(str, member.box.whole))
 
 
 def _lies(

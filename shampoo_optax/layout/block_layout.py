@@ -21,6 +21,8 @@ from shampoo_optax.layout.routes import Devices, Spec, route_leaf
 
 # Stacks: with more of them a program takes minutes to compile. Few models have as many.
 MANY = 32
+# Sizes of factors where there are more stacks: roots are compiled for every size.
+SIDES = 8
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,7 +69,8 @@ class BlockLayout:
         replicated parameters.
       merge_stacks: let blocks of neighbouring shapes share a stack, filled with zeros,
         where that costs all devices less than the slots that both would leave empty,
-        or where there are more than 32 shapes: each is compiled by itself.
+        or where there are more than 32 shapes: each is compiled by itself, and roots
+        for every size of a factor.
       exchange_dtype: in which blocks of updates travel back, for example
         ``jnp.bfloat16``; None means their own.
       deterministic: update one block at a time, so that every bit is the same on
@@ -182,7 +185,7 @@ class BlockLayout:
             return plan
         joined = merged(plan) if plan.devices > 1 else plan
         if len(joined.groups) > MANY:
-            return at_most(plan, MANY, self.largest_factor)
+            return at_most(plan, MANY, SIDES, self.largest_factor)
         return joined
 
     def folded(self, shape: Shape) -> Shape | None:

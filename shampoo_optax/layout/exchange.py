@@ -131,7 +131,8 @@ def _share(cells: jax.Array, group: Group) -> jax.Array:
     """This device's share of what several hold copies of."""
     dead = group.padded - cells.shape[0]
     if dead:
-        cells = jnp.pad(cells, [(0, dead)] + [(0, 0)] * (cells.ndim - 1))
+        edges = [(0, dead, 0)] + [(0, 0, 0)] * (cells.ndim - 1)
+        cells = lax.pad(cells, jnp.zeros((), cells.dtype), edges)
     if not group.dealt:
         return cells
     size = group.padded // group.shares
@@ -173,6 +174,8 @@ def joined(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
 
 def pieces(x: jax.Array, sizes: Sequence[int], axis: int = 0) -> list[jax.Array]:
     """Consecutive slices of these sizes."""
+    if len(sizes) == 1 and sizes[0] == x.shape[axis]:
+        return [x]
     found, start = [], 0
     for size in sizes:
         found.append(lax.slice_in_dim(x, start, start + size, axis=axis))

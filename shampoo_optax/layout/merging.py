@@ -7,11 +7,13 @@ stack, filled with zeros to its shape, where that lowers the sum of slots times 
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
+import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from shampoo_optax.layout.plan import Axes, Box, Group, Plan, Pool, Shape
 
@@ -46,27 +48,33 @@ def merged(plan: Plan) -> Plan:
       {'8x8': (16, 8, 8)}
     """
     stacks = sorted(_stacks(plan), key=lambda s: s[0], reverse=True)
-    return _joined(plan, _best_runs(stacks)[1])
+    into: dict[Shape, Shape] = {}
+    for run in _best_runs(stacks)[1]:
+        into |= dict.fromkeys((own for own, _ in run), _hull([own for own, _ in run]))
+    return _joined(plan, into)
 
 
 @functools.lru_cache(maxsize=16)
-def at_most(plan: Plan, number: int, largest: float) -> Plan:
+def at_most(plan: Plan, number: int, sides: int, largest: float) -> Plan:
     """The plan with about ``number`` stacks, joined where that fills the least.
 
-    A program is compiled for every stack, so that two hundred shapes take minutes.
-    Every stack is given a price of its own, the lowest for which few enough remain.
+    A program is compiled for every stack, and for every size of a factor one with its
+    roots, so that two hundred shapes take minutes. Every stack is given a price of its
+    own, the lowest for which few enough remain; their sides are then rounded up, and on
+    one device every block goes to the smallest stack that holds it.
 
     Args:
       plan: of all.
       number: of stacks of matrices that may remain.
+      sides: how many different ones they may have.
       largest: stacks with a longer side stay as they are: it has no factor.
 
     Example:
       >>> from shampoo_optax.layout.plan import Leaf, make_plan
       >>> shapes = (8, 8), (8, 7), (3, 2), (2, 2)
       >>> leaves = tuple(Leaf(shape, shape, 1, shape) for shape in shapes)
-      >>> at_most(make_plan(leaves, 8), 2, 8).stacks
-      {'8x8': (2, 8, 8), '3x2': (2, 3, 2)}
+      >>> at_most(make_plan(leaves, 8), 2, 2, 8).stacks
+      {'8x8': (2, 8, 8), '3x3': (2, 3, 3)}
     """
     stacks = [stack for stack in _stacks(plan) if max(stack[0]) <= largest]
     orders = [sorted(stacks, key=_by_rows(width)) for width in WIDTHS]
@@ -79,7 +87,59 @@ def at_most(plan: Plan, number: int, largest: float) -> Plan:
         if len(runs) <= number:
             break
         each *= 2
-    return _joined(plan, runs)
+    shapes = _with_few_sides(runs, sides)
+    into = {own: to for to, run in zip(shapes, runs, strict=True) for own, _ in run}
+    if plan.devices == 1:  # on several, slots would come and go
+        for own in into:
+            into[own] = min((s for s in shapes if _hull([own, s]) == s), key=cost)
+    return _joined(plan, into)
+
+
+def _with_few_sides(runs: Sequence[Sequence[Stack]], most: int) -> list[Shape]:
+    """Shapes of the runs with so many different sides.
+
+    Parts of blocks are exchanged along a side of one length, which stays.
+    """
+    hulls = [_hull([shape for shape, _ in run]) for run in runs]
+    groups = [[group for _, of in run for group in of] for run in runs]
+    stay = [{group.dim for group in of if group.parts > 1} for of in groups]
+    blocks: dict[int, int] = {}
+    for hull, of, fixed in zip(hulls, groups, stay, strict=True):
+        for dim, side in enumerate(hull):
+            if dim not in fixed:
+                number = sum(group.slots for group in of)
+                blocks[side] = blocks.get(side, 0) + number
+    up = rounded_up(blocks, most)
+    return [
+        tuple(s if dim in fixed else up[s] for dim, s in enumerate(hull))
+        for hull, fixed in zip(hulls, stay, strict=True)
+    ]
+
+
+def rounded_up(weights: Mapping[int, int], most: int) -> dict[int, int]:
+    """Numbers moved up, so that at most so many different ones remain.
+
+    Exact: of all ways that with the least sum of weights times squares.
+
+    Example:
+      >>> rounded_up({2: 1, 3: 9, 7: 1, 8: 1}, 2)
+      {2: 3, 3: 3, 7: 8, 8: 8}
+    """
+    numbers = sorted(weights)
+    before = [0, *itertools.accumulate(weights[n] for n in numbers)]
+    # Of the first so many numbers: the price, and what they are moved to.
+    never = math.inf, ()
+    ways: list[tuple[float, Shape]] = [(0, ()), *[never] * len(numbers)]
+    for _ in range(min(most, len(numbers))):
+        ways = [never] + [
+            min(
+                (price + (before[stop] - before[start]) * top**2, (*tops, top))
+                for start, (price, tops) in enumerate(ways[:stop])
+            )
+            for stop, top in enumerate(numbers, 1)
+        ]
+    tops = ways[-1][1]
+    return {n: tops[bisect.bisect_left(tops, n)] for n in numbers}
 
 
 def _by_rows(width: int) -> Callable[[Stack], tuple[int, ...]]:
@@ -94,11 +154,8 @@ def _stacks(plan: Plan) -> list[Stack]:
     return [stack for stack in found if len(stack[0]) == 2]
 
 
-def _joined(plan: Plan, runs: Sequence[Sequence[Stack]]) -> Plan:
-    into: dict[Shape, Shape] = {}
-    for run in runs:
-        shape = _hull([shape for shape, _ in run])
-        into |= {own: shape for own, _ in run}
+def _joined(plan: Plan, into: Mapping[Shape, Shape]) -> Plan:
+    """The plan with the stacks of some shapes filled up to others."""
     return dataclasses.replace(
         plan, pools=tuple(_moved(pool, into) for pool in plan.pools)
     )
@@ -153,7 +210,7 @@ def _hull(shapes: Sequence[Shape]) -> Shape:
     return tuple(max(sides) for sides in zip(*shapes, strict=True))
 
 
-def _moved(pool: Pool, into: dict[Shape, Shape]) -> Pool:
+def _moved(pool: Pool, into: Mapping[Shape, Shape]) -> Pool:
     def moved(box: Box) -> Box:
         shape = into.get(box.stacked, box.stacked)
         return box if shape == box.stacked else dataclasses.replace(box, within=shape)

@@ -83,15 +83,16 @@ def join(
         for group, held in zip(
             groups, exchange.from_owners(owned, groups), strict=True
         ):
-            sizes = [pool.cells(box) for pool, box in group.members]
-            cells |= zip(group.members, exchange.pieces(held, sizes), strict=True)
+            start = 0
+            for pool, box in group.members:  # its blocks, without what fills them
+                stop = start + pool.cells(box)
+                cells[pool, box] = _sliced(held, (start, 0), (stop, *box.part))
+                start = stop
     leaves = {}
     traced = any(isinstance(stack, jax.core.Tracer) for stack in stacks.values())
     starts = opaque(_starts(plan)) if traced else {}
     for pool in plan.pools:
-        boxes = [
-            _from_blocks(_unfill(cells[pool, box], box), box) for box in pool.boxes
-        ]
+        boxes = [_from_blocks(cells[pool, box], box) for box in pool.boxes]
         pooled = exchange.reshard(_assemble(boxes, pool), pool.route, back=True)
         arrays = _unpool(pooled, pool.batches, starts)
         for leaf, array in zip(pool.leaves, arrays, strict=True):
@@ -113,7 +114,7 @@ def promoted(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
 
 def _to_blocks(pooled: jax.Array, box: Box) -> jax.Array:
     """``[n, ...]`` to ``[n * blocks, *block]``, blocks of one array together."""
-    piece = lax.slice(pooled, (0, *box.start), (pooled.shape[0], *box.stop))
+    piece = _sliced(pooled, (0, *box.start), (pooled.shape[0], *box.stop))
     order = len(box.block)
     sides = list(range(2, 2 * order + 1, 2))
     if box.turned:
@@ -144,13 +145,17 @@ def _fill(cells: jax.Array, box: Box) -> jax.Array:
     if box.within is None:
         return cells
     pairs = zip(box.within, box.stacked, strict=True)
-    return jnp.pad(cells, [(0, 0)] + [(0, slot - own) for slot, own in pairs])
+    # Not jnp.pad: it is a function of its own for every shape.
+    edges = [(0, 0, 0), *((0, slot - own, 0) for slot, own in pairs)]
+    return lax.pad(cells, jnp.zeros((), cells.dtype), edges)
 
 
-def _unfill(cells: jax.Array, box: Box) -> jax.Array:
-    if box.within is None:
-        return cells
-    return lax.slice(cells, (0,) * cells.ndim, (cells.shape[0], *box.part))
+def _sliced(x: jax.Array, start: Sequence[int], stop: Sequence[int]) -> jax.Array:
+    """Some rows, columns and so on; no slice where that is all of them."""
+    start = (*start, *(0,) * (x.ndim - len(start)))
+    if not any(start) and tuple(stop) == x.shape:
+        return x
+    return lax.slice(x, start, stop)
 
 
 def _assemble(boxes: list[jax.Array], pool: Pool) -> jax.Array:

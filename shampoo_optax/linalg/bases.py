@@ -7,6 +7,7 @@ prescale, ridge, the gate).
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from shampoo_optax.linalg.masks import chosen
 from shampoo_optax.linalg.per_matrix import per_matrix_on_cpu
 from shampoo_optax.linalg.precisions import PRECISION
 from shampoo_optax.linalg.scaling import prescale, unscale
@@ -80,16 +82,14 @@ class Eigh:
         return lax.cond(jnp.any(stale), refreshed, kept)
 
     def _exact(self, matrices: jax.Array) -> Basis:
-        def eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-            values, vectors = jnp.linalg.eigh(a, symmetrize_input=False)
-            return vectors, values
+        wide = jnp.float64 if self.double_precision else matrices.dtype
 
-        if not self.double_precision:
+        def eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+            values, vectors = jnp.linalg.eigh(a.astype(wide), symmetrize_input=False)
+            return vectors.astype(a.dtype), values.astype(a.dtype)
+
+        with jax.enable_x64(True) if self.double_precision else nullcontext():
             return Basis(*per_matrix_on_cpu(eigh, matrices))
-        dtype = matrices.dtype
-        with jax.enable_x64(True):
-            found = per_matrix_on_cpu(eigh, matrices.astype(jnp.float64))
-            return Basis(*(x.astype(dtype) for x in found))
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def new_basis(
         & scaled.nonzero
         & jnp.all(jnp.isfinite(found.vectors), axis=(-2, -1))
     )
-    vectors = jnp.where(accepted[:, None, None], found.vectors, basis)
+    vectors = chosen(accepted[:, None, None], found.vectors, basis)
     values = unscale(values, scaled.exponent[:, None])
     return NewBasis(vectors, values, null & accepted[:, None], accepted)
 

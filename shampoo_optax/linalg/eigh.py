@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import jax
@@ -55,23 +56,20 @@ class Eigh:
         self, matrices: jax.Array, damping: Damping, p: float, *, unit: jax.Array
     ) -> Solution:
         """See :class:`RootMethod`."""
-        exact = jnp.zeros_like(unit)
-        if not self.double_precision:
-            return Solution(self._roots(matrices, damping, p, unit), exact)
-        with jax.enable_x64(True):
-            wide = matrices.astype(jnp.float64)
-            root = self._roots(wide, damping, p, unit).astype(matrices.dtype)
-        return Solution(root, exact)
+        wide = jnp.float64 if self.double_precision else matrices.dtype
 
-    def _roots(
-        self, matrices: jax.Array, damping: Damping, p: float, unit: jax.Array
-    ) -> jax.Array:
         def root(a: jax.Array, absolute: jax.Array, u: jax.Array) -> jax.Array:
-            return self._root(a, damping._replace(absolute=absolute), p, u)
+            # Wide one by one, where it is one by one: the stack stays as it is.
+            found = self._root(
+                a.astype(wide), damping._replace(absolute=absolute), p, u
+            )
+            return found.astype(a.dtype)
 
         flat = matrices.reshape(-1, *matrices.shape[-2:])
         numbers = damping.absolute.reshape(-1), unit.reshape(-1)
-        return per_matrix_on_cpu(root, flat, *numbers).reshape(matrices.shape)
+        with jax.enable_x64(True) if self.double_precision else nullcontext():
+            found = per_matrix_on_cpu(root, flat, *numbers)
+        return Solution(found.reshape(matrices.shape), jnp.zeros_like(unit))
 
     def _root(
         self,
@@ -81,15 +79,25 @@ class Eigh:
         unit: jax.Array,
     ) -> jax.Array:
         w, v = jnp.linalg.eigh(matrices, symmetrize_input=False)
-        return rebuilt(v, self.powers(w, damping, p, unit))
+        return rebuilt(v, self.powers(w, damping, p, unit, ascending=True))
 
     def powers(
-        self, w: jax.Array, damping: Damping, p: float, unit: jax.Array
+        self,
+        w: jax.Array,
+        damping: Damping,
+        p: float,
+        unit: jax.Array,
+        *,
+        ascending: bool = False,
     ) -> jax.Array:
         """What the eigenvalues ``w [..., d]``, in ascending order or not, become."""
         tiny = jnp.finfo(w.dtype).tiny
-        lowest = jnp.minimum(jnp.min(w, axis=-1, keepdims=True), 0.0)
-        largest = jnp.maximum(jnp.max(w, axis=-1, keepdims=True), 0.0)
+        if ascending:
+            first, last = w[..., :1], w[..., -1:]
+        else:
+            first = jnp.min(w, axis=-1, keepdims=True)
+            last = jnp.max(w, axis=-1, keepdims=True)
+        lowest, largest = jnp.minimum(first, 0.0), jnp.maximum(last, 0.0)
         if self.pseudo_inverse is None:
             w = w - lowest if self.shift else jnp.maximum(w, 0.0)
             delta = damping.ridge(largest[..., 0])[..., None]

@@ -19,6 +19,7 @@ from shampoo_optax.linalg.coupled_roots import CoupledNewton as CoupledNewton
 from shampoo_optax.linalg.eigh import Eigh as Eigh
 from shampoo_optax.linalg.eigh import PseudoInverse as PseudoInverse
 from shampoo_optax.linalg.eigh import from_basis as from_basis
+from shampoo_optax.linalg.masks import all_finite
 from shampoo_optax.linalg.method import RootMethod as RootMethod
 from shampoo_optax.linalg.method import Solution as Solution
 from shampoo_optax.linalg.minimax import Minimax as Minimax
@@ -80,7 +81,7 @@ def inverse_root(
     accepted = (
         scaled.usable
         & (scaled.nonzero | (relative == 0))
-        & jnp.all(jnp.isfinite(root), axis=(-2, -1))
+        & all_finite(root, (-2, -1))
         & (solution.residual <= method.max_residual)
     )
     return InverseRoot(root, accepted)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from shampoo_optax.linalg.masks import all_finite, chosen
 from shampoo_optax.linalg.precisions import PRECISION
 
 # Power steps for lambda_max: from the column of the largest diagonal entry eight
@@ -58,12 +59,11 @@ def prescale(matrices: jax.Array) -> Scaled:
       >>> float(scaled.matrix[0, 0]), int(scaled.exponent)
       (0.5916456580162048, 103)
     """
-    # A NaN anywhere makes the maximum a NaN.
     largest = jnp.max(jnp.abs(matrices), axis=(-2, -1), initial=0.0)
-    usable = jnp.isfinite(largest)
+    usable = all_finite(matrices, (-2, -1))
     nonzero = usable & (largest >= 4 * jnp.finfo(matrices.dtype).tiny)
-    exponent = _exponent(jnp.where(nonzero, largest, jnp.ones_like(largest)))
-    safe = jnp.where(usable[..., None, None], matrices, jnp.zeros_like(matrices))
+    exponent = _exponent(chosen(nonzero, largest, jnp.ones_like(largest)))
+    safe = chosen(usable[..., None, None], matrices, jnp.zeros_like(matrices))
     scaled = unscale(safe, -exponent[..., None, None])
     scaled = 0.5 * (scaled + jnp.swapaxes(scaled, -2, -1))
     return Scaled(scaled, exponent, usable, nonzero)
@@ -108,7 +108,7 @@ def unscale(values: jax.Array, exponent: jax.Array) -> jax.Array:
       >>> unscale(jnp.array(3.0), jnp.array(4))
       Array(48., dtype=float32)
     """
-    half = exponent // 2
+    half = exponent >> 1  # a floor; `//` is a function of its own for every shape
     return (
         values
         * _power_of_two(half, values.dtype)

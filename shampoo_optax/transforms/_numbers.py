@@ -52,6 +52,11 @@ def new_weight(decay: ArrayLike, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 def block_norm(blocks: jax.Array, *, batch_axes: int) -> jax.Array:
     """Frobenius norm over all but the leading axes, which stay (as size one)."""
+    return jnp.sqrt(block_squares(blocks, batch_axes=batch_axes))
+
+
+def block_squares(blocks: jax.Array, *, batch_axes: int) -> jax.Array:
+    """The square of :func:`block_norm`."""
     axes = tuple(range(batch_axes, blocks.ndim))
     blocks = blocks.astype(wide(blocks.dtype))
-    return jnp.sqrt(jnp.sum(blocks * blocks, axis=axes, keepdims=True))
+    return jnp.sum(blocks * blocks, axis=axes, keepdims=True)

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from shampoo_optax import _checks
 from shampoo_optax.linalg import bases, modes
+from shampoo_optax.linalg.masks import chosen
 from shampoo_optax.linalg.rounding import rounded
 from shampoo_optax.transforms import factors as statistics
 from shampoo_optax.transforms._in_turn import in_turn
@@ -253,9 +254,9 @@ def _refresh(
             good = found.accepted
             was, count = units.take(null), units.take(failures)
             units.put(vectors, found.vectors.astype(before.dtype))
-            units.put(null, jnp.where(good[:, None], found.null, was))
+            units.put(null, chosen(good[:, None], found.null, was))
             failed = ~good & statistics.measured_any(seen)
-            units.put(failures, jnp.where(failed, count + 1, 0))
+            units.put(failures, chosen(failed, count + 1, jnp.zeros_like(count)))
             return vectors, null, failures
 
         old = share.run(factors, members, solve, old)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,18 @@ from jax.typing import ArrayLike, DTypeLike
 from shampoo_optax import _checks
 from shampoo_optax.layout.split import promoted
 from shampoo_optax.linalg import modes, packing
+from shampoo_optax.linalg.masks import chosen
 from shampoo_optax.linalg.precisions import PRECISIONS
 from shampoo_optax.linalg.rounding import rounded
 from shampoo_optax.transforms._in_turn import in_turn
 from shampoo_optax.transforms._numbers import bias_correction as correction_of
-from shampoo_optax.transforms._numbers import block_norm, new_weight, over, scalar, wide
+from shampoo_optax.transforms._numbers import (
+    block_squares,
+    new_weight,
+    over,
+    scalar,
+    wide,
+)
 from shampoo_optax.transforms.state_dtypes import StateDtypes, restored, stored
 
 Stacks = dict[str, jax.Array]
@@ -26,6 +34,13 @@ Stacks = dict[str, jax.Array]
 Matrices = dict[str, dict[str, jax.Array]]
 Correction = Literal["kl", "kl_reference"]
 CORRECTIONS = ("kl", "kl_reference")
+
+
+class _Step(NamedTuple):
+    """What all factors of one step share."""
+
+    count: jax.Array  # type: ignore[assignment]
+    weights: dict[jnp.dtype, jax.Array]  # of the new sample
 
 
 @dataclass(frozen=True)
@@ -70,12 +85,24 @@ class Statistics:
         Returns:
           The new averages; those of a block whose gradient is not finite stay.
         """
+        weight = self.b2 if self.weighted else 1.0
+        dtypes = [
+            self._dtype(old, gradients[key])
+            for key, by_dim in factors.items()
+            for old in by_dim.values()
+        ]
+        # Once, not for each of the factors.
+        weights = {of: new_weight(weight, of) for of in dict.fromkeys(dtypes)}
+        step = _Step(count, weights)
         return {
             key: self._measure(
-                gradients[key], old, roots[key], (sizes or {}).get(key), count
+                gradients[key], old, roots[key], (sizes or {}).get(key), step
             )
             for key, old in factors.items()
         }
+
+    def _dtype(self, factor: jax.Array, gradients: jax.Array) -> jnp.dtype:
+        return promoted(wide(factor.dtype), gradients.dtype)
 
     def _measure(
         self,
@@ -83,19 +110,18 @@ class Statistics:
         factors: dict[str, jax.Array],
         roots: dict[str, jax.Array],
         sizes: dict[str, jax.Array] | None,
-        count: jax.Array,
+        step: _Step,
     ) -> dict[str, jax.Array]:
         # The sum of squares is the trace of every Gram matrix of a block: one pass
         # over the gradient finds each NaN, Inf and overflow before it reaches a factor.
-        squares = block_norm(gradients, batch_axes=1).reshape(-1, 1, 1)
-        finite = jnp.isfinite(squares)
+        finite = jnp.isfinite(block_squares(gradients, batch_axes=1)).reshape(-1, 1, 1)
         new = {}
         for dim, factor in factors.items():
             others = {o: r for o, r in roots.items() if o != dim}
             given = gradients, finite, others if self.correction else {}, sizes
 
             def one(old: jax.Array, given: Any, dim: int = int(dim)) -> jax.Array:
-                return self._averaged(old, *given, dim=dim, count=count)
+                return self._averaged(old, *given, dim=dim, step=step)
 
             new[dim] = in_turn(one, factor, given, [factor])
         return new
@@ -109,10 +135,10 @@ class Statistics:
         sizes: dict[str, jax.Array] | None,
         *,
         dim: int,
-        count: jax.Array,
+        step: _Step,
     ) -> jax.Array:
         """The average of one dimension's Gram matrices; ``others``: roots, for KL."""
-        dtype = promoted(wide(old.dtype), gradients.dtype)
+        dtype = self._dtype(old, gradients)
         packed = packing.is_packed(old)
         if others:  # KL looks through the other dimensions' roots
             through = {int(other): restored(root) for other, root in others.items()}
@@ -125,10 +151,11 @@ class Statistics:
             gram = gram * _one_over_others(gradients, dim, sizes, dtype)
         # Packed before they meet: the average is never unpacked here.
         gram = packing.pack(gram) if packed else gram
-        weight = new_weight(self.b2 if self.weighted else 1.0, dtype)
-        decayed = scalar(self.b2, dtype) * old.astype(dtype) + weight * gram
-        kept = rounded(decayed, old.dtype, count, stacked=True, packed=packed)
-        return jnp.where(finite, kept, old)
+        decayed = (
+            scalar(self.b2, dtype) * old.astype(dtype) + step.weights[dtype] * gram
+        )
+        kept = rounded(decayed, old.dtype, step.count, stacked=True, packed=packed)
+        return chosen(finite, kept, old)
 
     def target(self, factors: jax.Array, count: jax.Array, eps: ArrayLike) -> jax.Array:
         """The matrices whose roots or bases are wanted, after ``count`` samples."""
@@ -173,7 +200,9 @@ def apart(matrices: jax.Array, sizes: jax.Array) -> jax.Array:
     return matrices + filled[:, None] * jnp.eye(len(places), dtype=matrices.dtype)[None]
 
 
-def zeros(stacks: Stacks, dims: dict[str, list[int]], kept: StateDtypes) -> Matrices:
+def zeros(
+    stacks: Stacks, dims: Mapping[str, Iterable[int]], kept: StateDtypes
+) -> Matrices:
     """Factors before the first step: zero, in float32 at least where not told."""
 
     def zero(stack: jax.Array, dim: int) -> jax.Array:
@@ -189,7 +218,7 @@ def zeros(stacks: Stacks, dims: dict[str, list[int]], kept: StateDtypes) -> Matr
 
 def identities(
     stacks: Stacks,
-    dims: dict[str, list[int]],
+    dims: Mapping[str, Iterable[int]],
     dtype: DTypeLike | None = None,
     *,
     packed: bool = False,
@@ -240,7 +269,7 @@ def measured_any(factors: jax.Array) -> jax.Array:
       >>> measured_any(jnp.zeros((1, 2, 2)))
       Array([False], dtype=bool)
     """
-    return jnp.any(factors != 0, axis=(-2, -1))
+    return jnp.sum(jnp.abs(factors), axis=(-2, -1)) != 0
 
 
 def no_failures(factors: Matrices) -> Matrices:

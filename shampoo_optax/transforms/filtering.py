@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -84,6 +85,11 @@ def filter_gradient(
     ) -> tuple[optax.Updates, FilterState]:
         count = optax.safe_increment(state.count)
 
+        @functools.cache  # once, not for each of the arrays
+        def correction(dtype: jnp.dtype) -> jax.Array:
+            before = scalar(b1, dtype) ** (count - 1).astype(dtype)
+            return 1.0 - scalar(b1 if b3 is None else b3, dtype) * before
+
         def average(decay: ArrayLike, mu: jax.Array, g: jax.Array) -> jax.Array:
             dtype = wide(jnp.result_type(g))
             old, new = scalar(decay, dtype), scalar(1.0 - decay, dtype)
@@ -91,8 +97,7 @@ def filter_gradient(
 
         def corrected(f: jax.Array, g: jax.Array) -> jax.Array:
             if bias_correction:
-                before = scalar(b1, f.dtype) ** (count - 1).astype(f.dtype)
-                f = over(f, 1.0 - scalar(b1 if b3 is None else b3, f.dtype) * before)
+                f = over(f, correction(f.dtype))
             return f.astype(jnp.result_type(g))
 
         mu = jax.tree.map(lambda m, g: average(b1, m, g), state.mu, updates)

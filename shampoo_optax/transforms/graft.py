@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from shampoo_optax import _checks
+from shampoo_optax.linalg.masks import chosen
 from shampoo_optax.transforms._numbers import NORM_EPS, block_norm
 
 Scope = Literal["block", "array"]
@@ -79,13 +80,14 @@ def graft(
         count = optax.safe_increment(state.count)
         d, d_state = direction.update(updates, state.direction, params, **extra)
         m, m_state = magnitude.update(updates, state.magnitude, params, **extra)
+        early = None if start in (1, math.inf) else count < start
 
         def combine(d: jax.Array, m: jax.Array) -> jax.Array:
             target, own = (block_norm(x, batch_axes=batch_axes) for x in (m, d))
             grafted = (d.astype(own.dtype) * (target / (own + NORM_EPS))).astype(
                 m.dtype
             )
-            return grafted if start == 1 else jnp.where(count < start, m, grafted)
+            return grafted if early is None else chosen(early, m, grafted)
 
         grafted = m if start == math.inf else jax.tree.map(combine, d, m)
         return grafted, GraftState(count, d_state, m_state)

@@ -8,6 +8,8 @@ arrays, stacks or parameters, and stand alone as optimizers: with momentum in fr
 
 from __future__ import annotations
 
+import functools
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -269,16 +271,18 @@ def _second_moment(
         del params, extra
         gradient = updates if raw_gradient is None else raw_gradient
         count = optax.safe_increment(state.count)
+        # Once, not for each of the arrays.
+        weight_in = functools.cache(partial(new_weight, b2 if weighted else 1.0))
+        correction = functools.cache(partial(correction_of, b2, count))
 
         def accumulate(nu: jax.Array, g: jax.Array) -> jax.Array:
             nu = nu.astype(wide(nu.dtype))
             g = jnp.asarray(g, nu.dtype)
-            weight = new_weight(b2 if weighted else 1.0, nu.dtype)
-            return scalar(b2, nu.dtype) * nu + weight * (g * g)
+            return scalar(b2, nu.dtype) * nu + weight_in(nu.dtype) * (g * g)
 
         def scale(u: jax.Array, nu: jax.Array) -> jax.Array:
             if bias_correction:
-                nu = over(nu, correction_of(b2, count, nu.dtype))
+                nu = over(nu, correction(nu.dtype))
             scaled = jnp.asarray(u, nu.dtype) / (jnp.sqrt(nu) + scalar(eps, nu.dtype))
             return scaled.astype(jnp.result_type(u))
 

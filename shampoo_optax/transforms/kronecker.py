@@ -14,9 +14,15 @@ from jax.typing import ArrayLike
 
 from shampoo_optax import _checks
 from shampoo_optax.linalg import bases, modes, roots
+from shampoo_optax.linalg.masks import chosen
 from shampoo_optax.transforms import factors as statistics
 from shampoo_optax.transforms._in_turn import in_turn
-from shampoo_optax.transforms.exponents import Exponents, ExponentTable
+from shampoo_optax.transforms.exponents import (
+    Exponents,
+    ExponentTable,
+    Marks,
+    marked,
+)
 from shampoo_optax.transforms.factors import Correction, Matrices, Stacks, Statistics
 from shampoo_optax.transforms.refresh import Refresh
 from shampoo_optax.transforms.state_dtypes import StateDtypes, restored, stored_like
@@ -35,6 +41,7 @@ class KroneckerState(NamedTuple):
     roots: Matrices  # inverse roots of the factors, the identity at first
     failures: Matrices  # [n], int32: refused refreshes in a row
     bases: Matrices | None  # eigenvectors in columns, where roots are made of them
+    exponents: Marks = ()  # of the roots, without arrays; see exponents.marked
 
 
 def kronecker(
@@ -112,7 +119,8 @@ def kronecker(
 
     Raises:
       ValueError, TypeError: an argument is out of range (at construction), a root
-        method cannot take an exponent, or the updates are not stacks (at init).
+        method cannot take an exponent, the updates are not stacks (at init), or the
+        state is one of other exponents (at update).
 
     Example:
       >>> layout = BlockLayout(max_preconditioner_dim=256)
@@ -150,15 +158,15 @@ def kronecker(
         powers = {key: table.of(stack) for key, stack in stacks.items()}
         for power in {power for of in powers.values() for power in of.values()}:
             root.check(1.0 / power)
-        dims = {key: list(of) for key, of in powers.items()}
-        factors = statistics.zeros(stacks, dims, state_dtypes)
-        eye = partial(statistics.identities, stacks, dims, state_dtypes.roots)
+        factors = statistics.zeros(stacks, powers, state_dtypes)
+        eye = partial(statistics.identities, stacks, powers, state_dtypes.roots)
         return KroneckerState(
             jnp.zeros([], jnp.int32),
             factors,
             eye(packed=state_dtypes.packed),
             statistics.no_failures(factors),
             None if basis is None else eye(),
+            marked(powers),
         )
 
     def update_fn(
@@ -179,14 +187,14 @@ def kronecker(
             measure = partial(measured.measure, *seen, count=count)
         factors, samples = refresh.measured(count, measure, state.factors)
         target = partial(measured.target, count=samples, eps=eps)
-        powers = {key: table.of(stack) for key, stack in updates.items()}
+        powers = table.as_in(state.exponents, updates)
 
         def solve(share: Share, old: Refreshed) -> Refreshed:
             return _refresh(share, factors, target, powers, old, solver)
 
-        new = refreshed(refresh, count, solve, state[2:], at_once=refresh_only)
+        new = refreshed(refresh, count, solve, state[2:5], at_once=refresh_only)
         updates = {k: _apply(x, new[0][k], precision) for k, x in updates.items()}
-        return updates, KroneckerState(count, factors, *new)
+        return updates, KroneckerState(count, factors, *new, state.exponents)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -246,7 +254,8 @@ def _refresh(
             root = stored_like(found[0], units.one_of(roots))
             units.put(roots, root, found[1])
             failed = ~found[1] & statistics.measured_any(batch)
-            units.put(failures, jnp.where(failed, units.take(failures) + 1, 0))
+            more = units.take(failures) + 1
+            units.put(failures, chosen(failed, more, jnp.zeros_like(more)))
             if cached is not None and vectors is not None and found[2] is not None:
                 units.put(cached, found[2].astype(vectors.dtype))
             return roots, failures, cached

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from shampoo_optax import _checks
+from shampoo_optax.linalg.masks import all_finite, chosen
 from shampoo_optax.transforms._numbers import bias_correction as correction_of
 from shampoo_optax.transforms._numbers import new_weight, over, scalar
 
@@ -53,7 +54,7 @@ class Moment:
         nu = scalar(self.b2, old.dtype) * old + weight * seen * seen
         # A gradient that is not finite would stay in the moment for ever.
         axes = tuple(range(1, nu.ndim))
-        nu = jnp.where(jnp.isfinite(nu).all(axis=axes, keepdims=True), nu, old)
+        nu = chosen(all_finite(nu, axes, keepdims=True), nu, old)
         return _shared(nu, null) if self.null_space == "share" else nu
 
     def divide(
@@ -83,15 +84,16 @@ def _shared(nu: jax.Array, null: dict[str, jax.Array]) -> jax.Array:
     """The mean over the null space in place of the moments there."""
     for dim, columns in null.items():
         mask = _mask(columns, dim, nu.ndim)
-        inside = jnp.where(mask, nu, jnp.zeros_like(nu))
-        number = jnp.maximum(jnp.sum(mask, int(dim) + 1, keepdims=True), 1)
-        mean = jnp.sum(inside, int(dim) + 1, keepdims=True) / number.astype(nu.dtype)
-        nu = jnp.where(mask, mean, nu)
+        inside = chosen(mask, nu, jnp.zeros_like(nu))
+        # Counted in the dtype of the moment, exactly: for sums of it XLA has a kernel.
+        number = jnp.sum(mask.astype(nu.dtype), int(dim) + 1, keepdims=True)
+        mean = jnp.sum(inside, int(dim) + 1, keepdims=True) / jnp.maximum(number, 1)
+        nu = chosen(mask, jnp.broadcast_to(mean, nu.shape), nu)
     return nu
 
 
 def _dropped(turned: jax.Array, null: dict[str, jax.Array]) -> jax.Array:
     for dim, columns in null.items():
         mask = _mask(columns, dim, turned.ndim)
-        turned = jnp.where(mask, jnp.zeros_like(turned), turned)
+        turned = chosen(mask, jnp.zeros_like(turned), turned)
     return turned

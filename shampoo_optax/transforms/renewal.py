@@ -18,9 +18,10 @@ def refresh_now(
 ) -> Any:
     """Compute all inverse roots of a state anew, and change nothing else.
 
-    For factors that were changed by hand, or cut anew (:func:`checkpoint.restore` with
-    ``reblock``). Roots whose ``refresh.start`` is not reached stay as they are, and so
-    do bases of :func:`eigenbasis`, in which a second moment is written.
+    For factors that were changed by hand or cut anew (:func:`checkpoint.restore` with
+    ``reblock``), and for a state whose roots have other exponents than the optimizer's.
+    Roots whose ``refresh.start`` is not reached stay as they are, and so do bases of
+    :func:`eigenbasis`, in which a second moment is written.
 
     Args:
       tx: the optimizer, whose root method and damping are used; wrappers in it have to
@@ -57,6 +58,7 @@ def refresh_now(
         nothing = jax.tree.map(jnp.zeros_like, params)
         return tx.update(nothing, state, params, refresh_only=True)[1]
 
+    state = _with_exponents(state, jax.eval_shape(tx.init, params))
     before, new = _inner_steps(state), renewed(state, params)
     for _ in range(MOST_STEPS):
         if not before or _inner_steps(new) != before:
@@ -70,6 +72,21 @@ def refresh_now(
 
 def _has_roots(node: Any) -> bool:
     return isinstance(node, KroneckerState)
+
+
+def _with_exponents(state: Any, like: Any) -> Any:
+    """A state that says the exponents of another, which its roots are to have."""
+    nodes, treedef = jax.tree.flatten(state, is_leaf=_has_roots)
+    wanted = filter(_has_roots, jax.tree.leaves(like, is_leaf=_has_roots))
+    return jax.tree.unflatten(
+        treedef,
+        [
+            node._replace(exponents=next(wanted, node).exponents)
+            if _has_roots(node)
+            else node
+            for node in nodes
+        ],
+    )
 
 
 def _with_roots(old: Any, new: Any) -> Any:

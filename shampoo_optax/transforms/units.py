@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from shampoo_optax.linalg.masks import chosen
 from shampoo_optax.transforms._in_turn import LARGE
 from shampoo_optax.transforms.factors import Matrices
 from shampoo_optax.transforms.refresh import Refresh
@@ -135,7 +136,7 @@ def _rows(array: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _where(mask: jax.Array | None, new: jax.Array, old: jax.Array) -> jax.Array:
-    return new if mask is None else jnp.where(_over(mask, new), new, old)
+    return new if mask is None else chosen(_over(mask, new), new, old)
 
 
 def _over(mask: jax.Array, rows: jax.Array) -> jax.Array:

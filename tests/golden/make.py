@@ -43,9 +43,11 @@ def folder(version: int, name: str) -> Path:
     return HERE / f"v{version}" / name
 
 
-def facts(params: Any, state: Any) -> dict[str, list[float]]:
+def facts(
+    params: Any, state: Any, layout: so.BlockLayout = LAYOUT
+) -> dict[str, list[float]]:
     """Sums that tell what was saved, apart from what the checkpoint says of itself."""
-    view = checkpoint.to_param_view(state, params, LAYOUT)
+    view = checkpoint.to_param_view(state, params, layout)
     pairs = jax.tree_util.tree_leaves_with_path({"params": params, "view": view})
     return {
         jax.tree_util.keystr(path): [float(jnp.sum(x)), float(jnp.sum(jnp.abs(x)))]
