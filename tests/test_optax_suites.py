@@ -199,9 +199,12 @@ def _steps(tx: Any, mesh: Any, dtype: Any, *, jit: bool) -> tuple[list[Any], Any
     init, update = (jax.jit(tx.init), jax.jit(tx.update)) if jit else tx
     params, grads = _placed(dtype, mesh, 1), _placed(dtype, mesh, 2)
     states = [init(params)]
-    for _ in range(2):
-        updates, state = update(grads, states[-1], params)
-        states.append(state)
+    # It waits for each operation: on a busy machine many in flight, with their
+    # exchanges among eight devices, wait for each other for ever.
+    with jax.debug_nans(not jit):
+        for _ in range(2):
+            updates, state = update(grads, states[-1], params)
+            states.append(state)
     return states, updates
 
 
