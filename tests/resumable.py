@@ -22,7 +22,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 EVERY = 5
 
 
-def main(folder: str, steps: int, devices: int, pause: float) -> None:
+def main(folder: str, steps: int, devices: int, pause: float, wait: bool) -> None:
     """Goes on from the newest whole step, and saves every fifth."""
     jax.config.update("jax_num_cpu_devices", devices)
     import shampoo_optax as so
@@ -56,6 +56,8 @@ def main(folder: str, steps: int, devices: int, pause: float) -> None:
             step += 1
             if step % EVERY == 0:
                 checkpoint.save(manager, step, params, state, layout)
+                if wait:
+                    manager.wait_until_finished()
             print("at", step, flush=True)
             time.sleep(pause)
     view = checkpoint.to_param_view(state, params, layout)
@@ -63,4 +65,4 @@ def main(folder: str, steps: int, devices: int, pause: float) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:4]), float(sys.argv[4]))
+    main(sys.argv[1], *map(int, sys.argv[2:4]), float(sys.argv[4]), "wait" in sys.argv)

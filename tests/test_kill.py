@@ -19,14 +19,16 @@ DEVICES = (8, 4, 1, 8, 2, 3, 5, 6)
 STEPS_A_LIFE, PAUSE = 12, 0.02
 
 
-def _start(folder: Path, steps: int, devices: int, cache: Path) -> subprocess.Popen:
+def _start(
+    folder: Path, steps: int, devices: int, cache: Path, *flags: str
+) -> subprocess.Popen:
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = ["-m", "tests.resumable", str(folder), str(steps), str(devices)]
     return subprocess.Popen(
-        [sys.executable, *command, str(PAUSE)],
+        [sys.executable, *command, str(PAUSE), *flags],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -70,3 +72,26 @@ def test_kill_and_resume_is_bitwise(tmp_path: Path) -> None:
     assert first > 0
     assert found == wanted
     helpers.record("kill", f"{killed} of {KILLS} bitwise")
+
+
+def test_a_save_that_is_waited_for_loses_one_interval_at_most(tmp_path: Path) -> None:
+    """However short the interval is: without the wait, one under way is lost, too."""
+    kills, chance = max(3, KILLS // 5), random.Random(1)
+    done, lost = 0, []
+    for life in range(kills + 1):
+        devices = DEVICES[life % len(DEVICES)]
+        run = _start(tmp_path / "killed", 10_000, devices, tmp_path / "cache", "wait")
+        assert run.stdout is not None
+        first = int(run.stdout.readline().split()[1])
+        lost.append(done - first)
+        last = first + chance.randrange(1, STEPS_A_LIFE)
+        for line in run.stdout:
+            done = int(line.split()[1])
+            if done >= last:
+                break
+        time.sleep(chance.uniform(0.0, 0.1))
+        run.kill()
+        steps = [line for line in run.communicate()[0].splitlines() if "at " in line]
+        done = int(steps[-1].split()[1]) if steps else done
+    assert max(lost) <= EVERY, lost
+    helpers.record("lost", f"{max(lost)} steps at most, saved every {EVERY}th")
