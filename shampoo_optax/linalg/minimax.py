@@ -151,9 +151,8 @@ class Minimax:
         if self.precision == "highest" or matrices.dtype != jnp.float32:
             return full(*arguments)
         fewer = partial(solve, self.precision)
-        if self.precision == SPLIT:  # float16 is for the units of a GPU
-            return lax.platform_dependent(*arguments, cpu=full, tpu=full, default=fewer)
-        return lax.platform_dependent(*arguments, cpu=full, default=fewer)
+        tpu = full if self.precision == SPLIT else fewer  # it has no float16 units
+        return lax.platform_dependent(*arguments, cpu=full, tpu=tpu, default=fewer)
 
 
 def _solve(

@@ -141,8 +141,9 @@ def kronecker(
     call = "kronecker"
     _checks.numbers(call, eps=eps, eps_rel=eps_rel)
     _checks.whole(call, "largest_factor", largest_factor, low=1, infinite=True)
-    how = bias_correction, weighted, trace_scaling, correction, precision
-    measured = Statistics(b2, *how)
+    measured = Statistics(
+        b2, bias_correction, weighted, trace_scaling, correction, precision
+    )
     measured.check(call)
     solver = _solver(root, basis, eps, eps_rel)
     # Each factor of KL-Shampoo is a covariance: its whitening has exponent 1/2.
