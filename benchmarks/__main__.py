@@ -39,6 +39,7 @@ class Part:
 LEARN = ("--task", "digits", "--seeds", "1", "--time-again", "--optimizers")
 PARTS = {
     "roots": Part("root methods: error, products, time", "roots"),
+    "bases": Part("basis methods: how diagonal, how orthogonal, time", "bases"),
     "step": Part("a step, beside every peer", "step"),
     "compile": Part("the program of 96 layers against 12", "compile"),
     "first_call": Part("the first call, 200 different arrays", "first_call"),

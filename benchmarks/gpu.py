@@ -2,6 +2,7 @@
 
 - roots: batched eigendecompositions against minimax quadratics, in each precision, and
   coupled Newton, of as many matrices as make 64 MB;
+- bases: SOAP's, by each method from the basis of a matrix nearby, of as many;
 - step: `update` on one eighth of the blocks of a Llama-like model of 953 million
   parameters, blocks of 1024: a device's share among eight, with frequency 1, and 10
   staggered, beside AdamW on as many parameters. *Fast*: roots with
@@ -30,7 +31,8 @@ import optax
 
 import shampoo_optax as so
 from benchmarks import common, gpt, shapes
-from shampoo_optax.linalg import roots
+from benchmarks.bases import METHODS as BASES
+from shampoo_optax.linalg import bases, roots
 
 METHODS: dict[str, Any] = {
     "eigh float64": roots.Eigh(),
@@ -51,7 +53,7 @@ FAST = {
     "root": roots.Auto(accelerator=roots.Minimax(precision="fp16x3")),
     "precision": "tf32",
 }
-PARTS = ("step", "training", "roots")
+PARTS = ("step", "training", "roots", "bases")
 # No measurement takes longer than this, in seconds, but for one batch and its warm-up.
 PATIENCE = 3.0
 
@@ -124,6 +126,32 @@ def of_roots(sizes: Sizes) -> list[dict[str, Any]]:
             error = float(error / np.linalg.norm(exact))
             row = {"n": n, "method": name, "matrices": number, "ms": ms}
             rows.append({**row, "root_error": error})
+            say(f"{n} {name}", ms)
+    return rows
+
+
+def of_bases(sizes: Sizes) -> list[dict[str, Any]]:
+    """Time for a batch of every method and size, from a basis in use."""
+    rows = []
+    for n in sizes.roots:
+        number = max(1, sizes.root_bytes // (4 * n * n))
+        rng = np.random.default_rng(n)
+        basis, _ = np.linalg.qr(rng.normal(size=(n, n)))
+        matrix = (basis * np.geomspace(1, 1e-6, n)) @ basis.T
+        near, _ = np.linalg.qr(basis + 0.01 * rng.normal(size=(n, n)) / np.sqrt(n))
+        near = near * np.sign(np.sum(near * basis, axis=0))
+        one, old = (
+            jnp.asarray(np.broadcast_to(x, (number, n, n)), jnp.float32)
+            for x in (matrix, near)
+        )
+        for name, method in BASES.items():
+            solve = jax.jit(partial(bases.new_basis, method))
+            try:
+                ms = milliseconds(partial(solve, one, old), sizes.rounds, 2)
+            except Exception as refusal:  # a library or compiler that cannot
+                rows.append({"n": n, "method": name, "refused": str(refusal)[:200]})
+                continue
+            rows.append({"n": n, "method": name, "matrices": number, "ms": ms})
             say(f"{n} {name}", ms)
     return rows
 
@@ -215,15 +243,18 @@ def of_training(sizes: Sizes) -> dict[str, float]:
 
 def show(part: str, found: Any) -> str:
     """The table of a part."""
-    if part == "roots":
+    if part in ("roots", "bases"):
+        names = ["matrices", "ms", "root_error"][: 3 if part == "roots" else 2]
         rows = [
             [f"{r['n']} {r['method']}"]
-            + ([None, None, None] if "refused" in r else [r["matrices"], r["ms"]])
-            + ([] if "refused" in r else [f"{r['root_error']:.1e}"])
+            + [
+                f"{r[n]:.1e}" if n == "root_error" and n in r else r.get(n)
+                for n in names
+            ]
             for r in found
         ]
-        headers = ["n, method", "matrices", "ms", "root error"]
-        return f"Inverse fourth roots, eps_rel 1e-6\n{common.table(headers, rows)}"
+        title = {"roots": "Inverse fourth roots, eps_rel 1e-6", "bases": "Eigenbases"}
+        return f"{title[part]}\n{common.table(['n, method', *names], rows)}"
     lines = {k: v for k, v in found.items() if k != "parameters"}
     rows = [[name, ms, ms / lines["adamw"]] for name, ms in lines.items()]
     table = common.table(["optimizer", "ms", "x adamw"], rows)
@@ -242,10 +273,11 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, Any] = {"environment": env}
     measures = {"step": of_steps, "training": of_training}
     for part in args.parts:
-        if part == "roots":
+        if part in ("roots", "bases"):
             results[part] = []
+            measure = of_roots if part == "roots" else of_bases
             for n in sizes.roots:
-                results[part] += of_roots(replace(sizes, roots=(n,)))
+                results[part] += measure(replace(sizes, roots=(n,)))
                 common.save(args, "gpu", results)
         else:
             results[part] = measures[part](sizes)

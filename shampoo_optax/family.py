@@ -36,7 +36,7 @@ def soap(
     b3: ArrayLike | None = None,
     layout: BlockLayout = BlockLayout(),
     refresh: Refresh = Refresh(),
-    basis: bases.BasisMethod = bases.Eigh(),
+    basis: bases.BasisMethod = bases.Auto(),
     grafting: optax.GradientTransformation | None = None,
     null_space: NullSpace = "share",
     mu_dtype: DTypeLike | None = None,

@@ -125,7 +125,7 @@ def scale_by_soap(
     b3: ArrayLike | None = None,
     layout: BlockLayout = BlockLayout(),
     refresh: Refresh = Refresh(),
-    basis: bases.BasisMethod = bases.Eigh(),
+    basis: bases.BasisMethod = bases.Auto(),
     grafting: optax.GradientTransformation | None = None,
     null_space: NullSpace = "share",
     bias_correction: bool = True,

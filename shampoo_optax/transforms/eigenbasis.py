@@ -43,7 +43,7 @@ def eigenbasis(
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     *,
-    basis: bases.BasisMethod = bases.Eigh(),
+    basis: bases.BasisMethod = bases.Auto(),
     refresh: Refresh = Refresh(),
     exponents: Mapping[int, float] | None = None,
     ignored_dims: Mapping[int, Sequence[int]] | None = None,
@@ -81,7 +81,7 @@ def eigenbasis(
     Args:
       b2: decay of the factors and of the second moment; 1 sums them.
       eps: added to the root of the second moment, in units of the gradient.
-      basis: how eigenbases are computed, for example ``bases.QR()``.
+      basis: how eigenbases are computed; by default as suits the platform.
       refresh: when.
       exponents: by the order of a block, the power of ``nu`` in place of 1/2.
       ignored_dims: by the order of a block, dimensions that keep the identity and
