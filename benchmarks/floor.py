@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 import shampoo_optax as so
 from benchmarks import shapes
-from shampoo_optax.linalg import roots
+from shampoo_optax.linalg import modes, roots
 from shampoo_optax.linalg.per_matrix import per_matrix_on_cpu
 from shampoo_optax.linalg.scaling import Damping
 from shampoo_optax.transforms.kronecker import KroneckerState
@@ -39,19 +39,71 @@ def matmul_rates(quick: bool) -> dict[str, float]:
     return rates
 
 
-def operations(tree: shapes.Tree, block: int) -> int:
-    """What a step of Shampoo must multiply and add, see step.py."""
+def stacks_of(tree: shapes.Tree, block: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's stacks."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = [jax.tree_util.keystr(path) for path, _ in leaves]
     layout = so.BlockLayout(max_preconditioner_dim=block)
-    plan = layout.plan(names, [leaf.shape for _, leaf in leaves])
+    return dict(layout.plan(names, [leaf.shape for _, leaf in leaves]).stacks)
+
+
+def operations(tree: shapes.Tree, block: int) -> int:
+    """What a step of Shampoo must multiply and add, see step.py."""
     total = 0
-    for number, *sides in plan.stacks.values():
+    for number, *sides in stacks_of(tree, block).values():
         elements = number
         for side in sides:
             elements *= side
         total += 4 * elements * sum(sides)
     return total
+
+
+class Products:
+    """The products of a step and nothing else, as XLA computes them here.
+
+    The same batches in one jitted function: what is above the floor in there is not
+    ours to take away without another library of matrix products.
+    """
+
+    def __init__(self, tree: shapes.Tree, block: int) -> None:
+        """Compiles."""
+        self.seconds: list[float] = []
+        self.stacks = {
+            key: jax.random.normal(jax.random.key(0), shape)
+            for key, shape in stacks_of(tree, block).items()
+        }
+        self.roots = {
+            key: {
+                dim: jax.random.normal(jax.random.key(1), (len(x), size, size))
+                for dim, size in enumerate(x.shape[1:])
+            }
+            for key, x in self.stacks.items()
+        }
+
+        @jax.jit
+        def products(stacks: Any, roots: Any) -> Any:
+            return {
+                key: (
+                    [modes.gram(x, dim, x.dtype) for dim in roots[key]],
+                    modes.mode_products(x, roots[key]),
+                )
+                for key, x in stacks.items()
+            }
+
+        self.call = products
+        jax.block_until_ready(products(self.stacks, self.roots))
+
+    def measure(self, *, times: int, record: bool) -> None:
+        """Times them."""
+        for _ in range(times):
+            begin = time.perf_counter()
+            jax.block_until_ready(self.call(self.stacks, self.roots))
+            if record:
+                self.seconds.append(time.perf_counter() - begin)
+
+    def milliseconds(self) -> float:
+        """The median."""
+        return 1e3 * statistics.median(self.seconds)
 
 
 def decompose(batch: jax.Array, p: float) -> Any:

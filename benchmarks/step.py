@@ -163,15 +163,17 @@ def measure(
         for name, runner in runners.items():
             common.say(f"first call, {i + 1} of 3: {name}")
             runner.first_call()
+    products = floor.Products(tree, optimizers.BLOCK)
     for i in range(rounds + 2):
         for name, runner in runners.items():
             common.say(f"round {i + 1} of {rounds + 2}: {name}")
             runner.period(record=i >= 2)
-    found = {}
+        products.measure(times=optimizers.FREQUENCY - 1, record=i >= 2)
+    found: dict[str, Any] = {}
     for name, runner in runners.items():
         found[name] = {"base": runner.base, **runner.result()}
         runner.close()
-    return found
+    return {"products_ms": products.milliseconds(), "optimizers": found}
 
 
 def rows(results: dict[str, Any], floor_ms: float) -> list[list[Any]]:
@@ -243,9 +245,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(
             f"\n{model}: {size}, floor {floor_ms:.2f} ms, Meta {META[model]:g} x adamw"
         )
-        print(common.table(COLUMNS, rows(results, floor_ms)))
-        print("\n".join(notes(results)), flush=True)
-        out[model] = {"floor_ms": floor_ms, "optimizers": results}
+        print(common.table(COLUMNS, rows(results["optimizers"], floor_ms)))
+        alone = results["products_ms"]
+        print(f"products alone: {alone:.2f} ms, {alone / floor_ms:.2f} x floor")
+        print("\n".join(notes(results["optimizers"])), flush=True)
+        out[model] = {"floor_ms": floor_ms, **results}
         common.save(args, "step", out)  # what there is, should it be stopped
 
 

@@ -13,6 +13,13 @@ from rich.table import Table
 Results = dict[str, dict[str, Any]]
 REFRESH_OVER_EIGH = 1.2
 STAGGERED = 1.3  # docs/scale.md
+# Of a step on a CPU, blocks of 256: over its arithmetic, and on average over AdamW's.
+PLAIN_OVER_FLOOR = {"mlp": 1.4, "transformer": 1.4, "convnet": 2.0, "small": 4.0}
+AVERAGE_OVER_ADAMW = {"transformer": 6.0}
+FIRST_CALL, FIRST_CALL_MB = 2.0, 1.0  # over AdamW's; of StableHLO
+PRODUCTS, ROOT_ERROR, DIRECTION_ERROR = 30, 5e-3, 1e-3  # of minimax roots
+BYTES = {"float32": 24.5, "lean": 12.1, "leanest": 8.1}  # a parameter, all in blocks
+LEANEST_LOSS = 0.01  # over float32's
 # Not preconditioned by Kronecker factors: no peers of ours in what they do.
 CHEAP = ("adamw", "muon", "torch adamw", "torch adamw fused")
 
@@ -75,9 +82,10 @@ def _roots(results: dict[str, Any]) -> Lines:
         kinds = method["kinds"].values()
         title = f"{name}, {size}"
         if method["products"] is not None:
-            yield f"{title}: products of matrices", method["products"]
-        for error in ("root", "direction"):
-            yield f"{title}: {error} error, worst", max(kind[error] for kind in kinds)
+            yield f"{title}: products of matrices", method["products"], PRODUCTS
+        for error, bar in (("root", ROOT_ERROR), ("direction", DIRECTION_ERROR)):
+            worst = max(kind[error] for kind in kinds)
+            yield f"{title}: {error} error, worst", worst, bar
         yield f"{title}: roots refused", sum(not k["accepted"] for k in kinds), 0
 
 
@@ -90,13 +98,20 @@ def _step(results: dict[str, Any]) -> Lines:
         plain, average = ours["plain_ms"], ours["average_ms"]
         elsewhere = results["meta_times_adamw"].get(model)
         yield f"{model}: plain step / AdamW's", plain / adamw["plain_ms"], elsewhere
-        yield f"{model}: plain step / floor", plain / of["floor_ms"]
+        bar = PLAIN_OVER_FLOOR.get(model)
+        yield f"{model}: plain step / floor", plain / of["floor_ms"], bar
+        if "products_ms" in of:
+            yield (
+                f"{model}: its products alone / floor",
+                of["products_ms"] / of["floor_ms"],
+            )
         if "refresh_over_eigh" in ours:
             over = ours["refresh_over_eigh"]
             yield f"{model}: refresh / its eigh", over, REFRESH_OVER_EIGH
             over = ours["refresh_over_eigh_cpu"]
             yield f"{model}: the same in CPU time", over
-        yield f"{model}: average step / AdamW's", average / adamw["plain_ms"]
+        bar = AVERAGE_OVER_ADAMW.get(model)
+        yield f"{model}: average step / AdamW's", average / adamw["plain_ms"], bar
         yield f"{model}: first call / AdamW's", ours["first_s"] / adamw["first_s"]
         for name, peer in each.items():
             if name not in (*CHEAP, "shampoo"):
@@ -112,7 +127,10 @@ def _first_call(results: dict[str, Any]) -> Lines:
     each = results["results"]
     for name in ("shampoo", "soap"):
         ratio = each[name]["seconds"] / each["adamw"]["seconds"]
-        yield f"200 different arrays: {name} / AdamW's", ratio
+        bars = (FIRST_CALL, FIRST_CALL_MB) if name == "shampoo" else (None, None)
+        yield f"200 different arrays: {name} / AdamW's", ratio, bars[0]
+        size = each[name]["MB"]
+        yield f"200 different arrays: {name}, MB of StableHLO", size, bars[1]
 
 
 def _run_once(results: dict[str, Any]) -> Lines:
@@ -128,9 +146,14 @@ def _staggered(results: dict[str, Any]) -> Lines:
 
 
 def _memory(results: dict[str, Any]) -> Lines:
-    for name in ("float32", "lean", "leanest"):
-        held = results["bytes_per_parameter"][f"shampoo {name}"]["1.3B"]
-        yield f"1.3B, {name}: state bytes a parameter", held
+    held = results["bytes_per_parameter"]
+    for name, bar in BYTES.items():
+        title = f"1.3B in blocks, {name}: state bytes a parameter"
+        yield title, held[f"shampoo {name}"]["1.3B square"], bar
+    loss = results.get("loss", {})
+    if "shampoo leanest" in loss:
+        rise = loss["shampoo leanest"] / loss["shampoo float32"] - 1.0
+        yield "leanest: loss above float32's, share", rise, LEANEST_LOSS
 
 
 def _learning(results: dict[str, Any]) -> Lines:
@@ -151,6 +174,7 @@ OF_PART = {
     "run_once": _run_once,
     "staggered": _staggered,
     "memory": _memory,
+    "lean": _memory,
     "digits": _learning,
     "convergence": _learning,
 }

@@ -57,6 +57,38 @@ def test_a_bar_is_an_upper_bound() -> None:
     assert summary.Figure("part", "what", 1.0).met is None
 
 
+def test_every_figure_with_a_bar_is_held_against_it() -> None:
+    found = driver.load(common.RESULTS / "cpu", list(driver.PARTS))
+    bars = {f.what: f.bar for f in summary.figures(found) if f.bar is not None}
+    assert bars["mlp: plain step / floor"] == bars["transformer: plain step / floor"]
+    for what, bar in {
+        "convnet: plain step / floor": 2,
+        "small: plain step / floor": 4,
+        "transformer: refresh / its eigh": 1.2,
+        "transformer: average step / AdamW's": 6,
+        "200 different arrays: shampoo / AdamW's": 2,
+        "200 different arrays: shampoo, MB of StableHLO": 1,
+        "minimax, 1024: products of matrices": 30,
+        "staggered: worst step / median": 1.3,
+        "1.3B in blocks, leanest: state bytes a parameter": 8.1,
+        "leanest: loss above float32's, share": 0.01,
+    }.items():
+        assert bars[what] == bar
+
+
+def test_the_products_of_a_step_are_timed_alone() -> None:
+    tree = {"a": jax.ShapeDtypeStruct((24, 8), "float32")}
+    alone = floor.Products(tree, 16)
+    gram, moved = alone.call(alone.stacks, alone.roots)["16x8"]
+    block, roots = alone.stacks["16x8"], alone.roots["16x8"]
+    np.testing.assert_allclose(gram[1], jnp.swapaxes(block, 1, 2) @ block, rtol=1e-4)
+    np.testing.assert_allclose(
+        moved, roots[0] @ block @ jnp.swapaxes(roots[1], 1, 2), rtol=1e-3, atol=1e-4
+    )
+    alone.measure(times=2, record=True)
+    assert alone.milliseconds() > 0
+
+
 def test_the_floor_of_a_refresh_decomposes_its_factors() -> None:
     tree = {"a": shapes.small(1)["a000"], "b": jax.ShapeDtypeStruct((24, 8), "float32")}
     params, gradient = shapes.random(tree, 0), shapes.random(tree, 1)
