@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from shampoo_optax.linalg import packing
+from shampoo_optax.linalg import codes, packing
 from shampoo_optax.transforms._numbers import wide
 
 KEPT = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
@@ -28,7 +28,7 @@ class StateDtypes:
     Args:
       momentum: of the gradient's moving average.
       second_moment: of the magnitude rule, and of SOAP.
-      factors: of the Kronecker factors.
+      factors: of the Kronecker factors; ``jnp.int8``, too.
       roots: of their inverse roots, of SOAP's bases.
       packed: keep one triangle of factors and roots, ``[n, d + 1, ceil(d / 2)]`` in
         place of ``[n, d, d]``, see :mod:`linalg.packing`. Exact. Bases are not
@@ -60,16 +60,19 @@ class StateDtypes:
             value = getattr(self, field.name)
             if field.name == "packed" or value is None:
                 continue
-            if not _is_kept(value):
+            kept, also = KEPT, ""
+            if field.name == "factors":
+                kept, also = (*KEPT, jnp.dtype(jnp.int8)), ", jnp.int8"
+            if not _is_one_of(kept, value):
                 raise ValueError(
                     f"StateDtypes({field.name}={value!r}): {field.name} must be "
-                    "jnp.float32, jnp.bfloat16 or None."
+                    f"jnp.float32, jnp.bfloat16{also} or None."
                 )
 
 
-def _is_kept(dtype: Any) -> bool:
+def _is_one_of(dtypes: tuple[jnp.dtype, ...], dtype: Any) -> bool:
     try:
-        return jnp.dtype(dtype) in KEPT
+        return jnp.dtype(dtype) in dtypes
     except TypeError:
         return False
 
@@ -103,8 +106,21 @@ def restored(kept: jax.Array) -> jax.Array:
       Array([[[1., 0.],
               [0., 1.]]], dtype=float32)
     """
+    if codes.is_coded(kept):
+        return packing.unpack(codes.decoded(kept))
     wider = kept.astype(wide(kept.dtype))
     return packing.unpack(wider) if packing.is_packed(kept) else wider
+
+
+def certain(kept: jax.Array) -> jax.Array:
+    """The same, for roots: with the noise of int8 on the diagonal.
+
+    Example:
+      >>> certain(stored(jnp.eye(2)[None], jnp.bfloat16))
+      Array([[[1., 0.],
+              [0., 1.]]], dtype=float32)
+    """
+    return codes.certain(kept) if codes.is_coded(kept) else restored(kept)
 
 
 def stored_like(matrices: jax.Array, like: jax.Array) -> jax.Array:
