@@ -85,15 +85,17 @@ def stored(
     Args:
       matrices: ``[n, d, d]``; symmetric to be packed.
       dtype: None for their own.
-      packed: keep one triangle.
+      packed: keep one triangle; of int8 always.
 
     Returns:
-      ``[n, d, d]``, or packed ``[n, d + 1, ceil(d / 2)]``.
+      ``[n, d, d]``, packed ``[n, d + 1, ceil(d / 2)]`` or codes.
 
     Example:
       >>> stored(jnp.eye(4)[None], jnp.bfloat16, packed=True).shape
       (1, 5, 2)
     """
+    if dtype is not None and jnp.dtype(dtype) == jnp.int8:
+        return codes.encoded(packing.pack(matrices))
     matrices = packing.pack(matrices) if packed else matrices
     return matrices.astype(dtype or matrices.dtype)
 
