@@ -2,9 +2,9 @@
 
 Every setting of ``so.StateDtypes`` trains the examples' language model with their
 recipe (rate, schedule, clip, batches), three seeds of it; SOAP, at its rate of
-``make convergence``, with everything lean or nothing, and with factors in int8. Beside the losses stand bytes of
-state a parameter: of that model, and of a Llama-like one of 1.3 billion and GPT-2, in
-blocks of 1024, by their shapes alone.
+``make convergence``, with everything lean or nothing, and with factors in int8. Beside
+the losses stand bytes of state a parameter: of that model, and of a Llama-like one of
+1.3 billion and GPT-2, in blocks of 1024, by their shapes alone.
 
 Every run is written to the JSON file as it ends; what is there is not run again. Runs
 in float32 are those of ``make convergence`` to the last digit, and taken from there.
