@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,6 +14,7 @@ from shampoo_optax.linalg import codes, packing
 from shampoo_optax.transforms._numbers import wide
 
 KEPT = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+CODED = (jnp.dtype(jnp.int8),)
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,16 @@ class StateDtypes:
             value = getattr(self, field.name)
             if field.name == "packed" or value is None:
                 continue
-            kept, also = KEPT, ""
-            if field.name == "factors":
-                kept, also = (*KEPT, jnp.dtype(jnp.int8)), ", jnp.int8"
-            if not _is_one_of(kept, value):
+            coded = field.name == "factors"
+            also = ", jnp.int8" if coded else ""
+            if not (_is_one_of(KEPT, value) or (coded and _is_one_of(CODED, value))):
                 raise ValueError(
                     f"StateDtypes({field.name}={value!r}): {field.name} must be "
                     f"jnp.float32, jnp.bfloat16{also} or None."
                 )
 
 
-def _is_one_of(dtypes: tuple[jnp.dtype, ...], dtype: Any) -> bool:
+def _is_one_of(dtypes: Sequence[jnp.dtype], dtype: Any) -> bool:
     try:
         return jnp.dtype(dtype) in dtypes
     except TypeError:
