@@ -227,6 +227,10 @@ def test_an_average_stays_near(steps: int) -> None:
     lowest = np.linalg.eigvalsh(_correlations(found)[0])[0]
     assert lowest < 0
     assert np.linalg.eigvalsh(np.asarray(certain(kept)[0], np.float64))[0] > 0
+    # The method of GPUs and TPUs takes the one and refuses the other.
+    for matrices, taken in ((certain(kept), True), (restored(kept), False)):
+        solved = so.roots.inverse_root(so.roots.Minimax(), matrices, 4.0)
+        assert bool(solved.accepted.all()) == taken
 
 
 def test_noise_is_forgotten() -> None:
