@@ -2,9 +2,9 @@
 
 Every setting of ``so.StateDtypes`` trains the examples' language model with their
 recipe (rate, schedule, clip, batches), three seeds of it; SOAP, at its rate of
-``make convergence``, with everything lean or nothing. Beside the losses stand bytes of
-state a parameter: of that model, and of a Llama-like one of 1.3 billion and GPT-2, in
-blocks of 1024, by their shapes alone.
+``make convergence``, with everything lean or nothing, and with factors in int8. Beside
+the losses stand bytes of state a parameter: of that model, and of a Llama-like one of
+1.3 billion and GPT-2, in blocks of 1024, by their shapes alone.
 
 Every run is written to the JSON file as it ends; what is there is not run again. Runs
 in float32 are those of ``make convergence`` to the last digit, and taken from there.
@@ -42,6 +42,8 @@ SETTINGS = {
     "packed": so.StateDtypes(packed=True),
     "lean": so.StateDtypes(momentum=BF16, roots=BF16, packed=True),
     "leanest": so.StateDtypes(BF16, BF16, BF16, BF16, packed=True),
+    "int8 factors": so.StateDtypes(factors=jnp.int8),
+    "least": so.StateDtypes(BF16, BF16, jnp.int8, BF16, packed=True),
 }
 SHAMPOO_RATE = train_lm.LEARNING_RATES["shampoo"]
 SOAP_RATE = 1.13e-2  # benchmarks/results/cpu/convergence.json
@@ -65,7 +67,7 @@ def optimizers() -> dict[str, tuple[float, Optimizer]]:
         )
 
     made = {f"shampoo {n}": (SHAMPOO_RATE, shampoo(d)) for n, d in SETTINGS.items()}
-    for name in ("float32", "leanest"):
+    for name in ("float32", "leanest", "int8 factors", "least"):
         made[f"soap {name}"] = (SOAP_RATE, soap(SETTINGS[name]))
     return made
 

@@ -64,6 +64,9 @@ OPTIMIZERS = {
     "lean": lambda: so.scale_by_shampoo(
         refresh=REFRESH, correction="kl", state_dtypes=LEANEST
     ),
+    "int8": lambda: so.scale_by_shampoo(
+        refresh=REFRESH, state_dtypes=so.StateDtypes(factors=jnp.int8)
+    ),
     "lean_soap": lambda: so.scale_by_soap(
         refresh=REFRESH, basis=so.bases.QR(), state_dtypes=LEANEST
     ),

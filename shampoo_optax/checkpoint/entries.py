@@ -21,13 +21,13 @@ from shampoo_optax._paths import Keys, Path, escaped, keys_of, owner_of
 from shampoo_optax.layout.block_layout import BlockLayout, variants
 from shampoo_optax.layout.owners import Held, held
 from shampoo_optax.layout.plan import Plan, Shape
-from shampoo_optax.linalg import packing
+from shampoo_optax.linalg import codes, packing
 from shampoo_optax.transforms._tree import Tree
 from shampoo_optax.transforms.blockwise import BlockwiseState
 from shampoo_optax.transforms.exponents import read
 from shampoo_optax.transforms.kronecker import KroneckerState
 
-Kind = Literal["sides", "packed", "block", "number"]
+Kind = Literal["sides", "packed", "codes", "block", "number"]
 MATRICES = re.compile(r"\d+(x\d+)+")  # a stack's key, whatever the plan
 
 
@@ -251,7 +251,10 @@ def _kind(slot: str, leaf: Any, stack: Shape, dim: int | None) -> Kind:
             return "number"
         if dim is not None and set(rest) == {stack[dim + 1]}:
             return "sides"
-        if dim is not None and rest == packing.packed_shape(stack[dim + 1]):
+        if dim is not None and codes.is_coded(leaf):
+            if rest == codes.coded_shape(stack[dim + 1]):
+                return "codes"
+        elif dim is not None and rest == packing.packed_shape(stack[dim + 1]):
             return "packed"
         if dim is None and rest == stack[1:]:
             return "block"

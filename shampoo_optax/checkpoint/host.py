@@ -16,6 +16,7 @@ import numpy as np
 
 from shampoo_optax.checkpoint.entries import Cut
 from shampoo_optax.checkpoint.moves import (
+    FOLDED,
     begins_as_identity,
     cut,
     filled_up,
@@ -32,7 +33,7 @@ def taken(entry: Cut, stack: jax.Array | np.ndarray) -> list[np.ndarray]:
 
     A part may share the stack's memory: it is for reading, while the stack is there.
     """
-    pieces, parts, packed = _pieces(stack), [], entry.kind == "packed"
+    pieces, parts, packed = _pieces(stack), [], entry.kind in FOLDED
     for member, turn in zip(entry.members, turned(entry), strict=True):
         own = sides_of(entry, member, stack.shape, own=False)
         part = _rows(pieces, member.rows)
@@ -49,7 +50,7 @@ def given(entry: Cut, parts: Sequence[Any], stack: Shape) -> np.ndarray:
         (len(member.rows), *sides_of(entry, member, stack, own=False))
         for member in entry.members
     ]
-    packed, eye = entry.kind == "packed", begins_as_identity(entry, stack)
+    packed, eye = entry.kind in FOLDED, begins_as_identity(entry, stack)
     filled = all(shape[1:] == stack[1:] for shape in shapes)
     made = np.empty(stack, parts[0].dtype)
     if not filled or sum(shape[0] for shape in shapes) != stack[0]:

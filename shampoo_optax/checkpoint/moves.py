@@ -23,13 +23,15 @@ from shampoo_optax.checkpoint.entries import Cut
 from shampoo_optax.layout import placement
 from shampoo_optax.layout.owners import Held
 from shampoo_optax.layout.plan import Shape
-from shampoo_optax.linalg import packing
+from shampoo_optax.linalg import codes, packing
 
 # Of the view's names and meanings; golden checkpoints hold every one.
 VERSION = np.int32(1)
 # What our parts begin with in square matrices that no block fills: the identity, so
 # that a basis is one also where it is empty; zeros elsewhere.
 IDENTITIES = ("roots", "bases")
+# Of symmetric matrices, in a rectangle of fewer bytes.
+FOLDED = ("packed", "codes")
 
 
 class Home:
@@ -98,7 +100,7 @@ def taken(
         tuple(len(member.rows) for member in entry.members),
         tuple(sides_of(entry, m, stack.shape, own=False) for m in entry.members),
         turned(entry),
-        entry.kind == "packed",
+        entry.kind in FOLDED,
         home.off_rows(stack.shape),
         tuple(home.aside(shape_of(entry, m, stack.shape)) for m in entry.members),
     )
@@ -122,7 +124,7 @@ def given(
         ordered,
         tuple(stack[1:]),
         turned(entry),
-        entry.kind == "packed",
+        entry.kind in FOLDED,
         begins_as_identity(entry, stack),
         home.off_rows(stack),
         home.rows(),
@@ -166,6 +168,9 @@ def sides_of(entry: Cut, member: Held, stack: Shape, *, own: bool) -> Shape:
     if entry.kind == "packed":
         assert entry.dim is not None
         return packing.packed_shape(member.box.stacked[entry.dim])
+    if entry.kind == "codes":
+        assert entry.dim is not None
+        return codes.coded_shape(member.box.stacked[entry.dim])
     return member.box.whole if own else member.box.stacked
 
 
@@ -237,6 +242,8 @@ def cut(part: jax.Array, own: Shape, packed: bool) -> jax.Array:
     """A part in a block's own shape, of one that zeros may fill."""
     if part.shape[1:] == own:
         return part
+    if packed and codes.is_coded(part):
+        return codes.resized(part, own[0] - codes.BELOW)
     if packed:
         side = own[0] - 1
         return packing.pack(packing.unpack(part)[:, :side, :side])
@@ -247,11 +254,14 @@ def filled_up(part: jax.Array, slot: Shape, packed: bool, eye: bool) -> jax.Arra
     """A part filled up to the stack's shape, with zeros or an identity."""
     if not packed or part.shape[1:] == slot:
         return _filled(part, slot, eye)
+    if codes.is_coded(part):
+        return codes.resized(part, slot[0] - codes.BELOW)
     return packing.pack(_filled(packing.unpack(part), (slot[0] - 1,) * 2, eye))
 
 
 def nothing_in(slot: Shape, dtype: Any, packed: bool, eye: bool) -> jax.Array:
     """A row of a stack that holds no block."""
+    packed = packed and dtype != jnp.int8  # codes of zeros are zeros
     whole = (slot[0] - 1,) * 2 if packed else slot
     empty = jnp.zeros((1, *(0 if d > 1 else d for d in whole)), dtype)
     row = _filled(empty, whole, eye)

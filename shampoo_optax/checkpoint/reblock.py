@@ -30,7 +30,7 @@ from shampoo_optax._paths import escaped, keys_of
 from shampoo_optax.checkpoint.compare import WHOLE
 from shampoo_optax.layout.block_layout import BlockLayout
 from shampoo_optax.layout.owners import held
-from shampoo_optax.linalg import packing
+from shampoo_optax.linalg import codes, packing
 
 FACTORS, ROOTS, FAILURES = "factors", "roots", "failures"
 Slots = Mapping[str, Any]  # of one parameter and block shape
@@ -103,11 +103,13 @@ def recut(
     return found
 
 
-def _mapped(blocks: Blocks, change: Callable[[Any], Any]) -> dict[str, Any]:
+def _mapped(blocks: Blocks, change: Callable[[str, Any], Any]) -> dict[str, Any]:
     """Blocks with their factors and roots changed."""
     return {
         block: {
-            slot: np.asarray(change(jnp.asarray(array))) if _is_square(slot) else array
+            slot: np.asarray(change(slot, jnp.asarray(array)))
+            if _is_square(slot)
+            else array
             for slot, array in slots.items()
         }
         for block, slots in blocks.items()
@@ -120,18 +122,36 @@ def _is_square(slot: str) -> bool:
 
 
 def _squared(blocks: Blocks) -> dict[str, Any]:
-    """Packed factors and roots as they are without packing."""
-    return _mapped(blocks, lambda x: packing.unpack(x) if packing.is_packed(x) else x)
+    """Packed factors and roots as they are without packing.
+
+    Of int8 with their noise on the diagonal: of less than all of a matrix it is not
+    known any more.
+    """
+
+    def square(_: str, array: Any) -> Any:
+        if codes.is_coded(array):
+            return codes.certain(array)
+        return packing.unpack(array) if packing.is_packed(array) else array
+
+    return _mapped(blocks, square)
 
 
 def _packed_as(like: Blocks, blocks: Blocks) -> dict[str, Any]:
     """Factors and roots packed, where those of ``like`` are."""
-    packed = any(
-        _is_square(slot) and packing.is_packed(array)
+    kept = {
+        slot.rsplit("/", 1)[0]: array
         for slots in like.values()
         for slot, array in slots.items()
-    )
-    return _mapped(blocks, packing.pack) if packed else dict(blocks)
+        if _is_square(slot)
+    }
+
+    def again(slot: str, array: Any) -> Any:
+        was = kept[slot.rsplit("/", 1)[0]]
+        if codes.is_coded(was):
+            return codes.encoded(packing.pack(array))
+        return packing.pack(array) if packing.is_packed(was) else array
+
+    return _mapped(blocks, again)
 
 
 def _check_nesting(name: str, old: list[Place], new: list[Place]) -> None:

@@ -72,6 +72,21 @@ def unpack(packed: jax.Array) -> jax.Array:
     return jnp.concatenate([above, under], -2)
 
 
+def diagonal(packed: jax.Array) -> jax.Array:
+    """The diagonals ``[..., d]`` of packed matrices.
+
+    Example:
+      >>> diagonal(pack(jnp.array([[1, 2, 3], [2, 4, 5], [3, 5, 6]])))
+      Array([1, 4, 6], dtype=int32)
+    """
+    size, half = packed.shape[-2] - 1, packed.shape[-1]
+    square = packed[..., size - half : size, :]
+    _, eye = _masks(half, square.ndim)
+    first = jnp.sum(jnp.where(eye, square, jnp.zeros_like(square)), -1)
+    last = packed[..., size, : size - half]
+    return jnp.concatenate([first.astype(packed.dtype), last], -1)
+
+
 def is_packed(matrices: jax.Array) -> bool:
     """Whether matrices are packed: their shape says it, that of others is square.
 

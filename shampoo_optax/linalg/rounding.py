@@ -67,13 +67,30 @@ def rounded(
         shape[0] = 1
     if packed:
         shape[-2:] = [shape[-2] - 1] * 2
-    draws = packing.pack(phases(shape)) if packed else phases(shape)
-    draws = draws + jnp.asarray(count).astype(jnp.uint32) * jnp.uint32(GOLDEN)
+    draws = drawn(shape, count, packed=packed)
     bits = lax.bitcast_convert_type(array, jnp.uint32)
     bits = (bits + (draws >> DROPPED)) >> DROPPED
     found = lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.bfloat16)
     # Of a NaN, the carry could make a number.
     return jnp.where(jnp.isnan(array), array.astype(jnp.bfloat16), found)
+
+
+def drawn(
+    shape: Sequence[int], count: jax.typing.ArrayLike, *, packed: bool = False
+) -> jax.Array:
+    """The draws of a step: ``uint32``, as likely to be below any part of 2**32.
+
+    Args:
+      shape: of the array; of the matrices, where they are packed.
+      count: of the step.
+      packed: whether they are.
+
+    Example:
+      >>> drawn((1, 4, 4), 7, packed=True).shape
+      (1, 5, 2)
+    """
+    start = packing.pack(phases(shape)) if packed else phases(shape)
+    return start + jnp.asarray(count).astype(jnp.uint32) * jnp.uint32(GOLDEN)
 
 
 def phases(shape: Sequence[int]) -> jax.Array:

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from shampoo_optax import _checks
 from shampoo_optax.layout.split import promoted
-from shampoo_optax.linalg import modes, packing
+from shampoo_optax.linalg import codes, modes, packing
 from shampoo_optax.linalg.masks import chosen
 from shampoo_optax.linalg.precisions import PRECISIONS
 from shampoo_optax.linalg.rounding import rounded
@@ -151,9 +151,10 @@ class Statistics:
             gram = gram * _one_over_others(gradients, dim, sizes, dtype)
         # Packed before they meet: the average is never unpacked here.
         gram = packing.pack(gram) if packed else gram
-        decayed = (
-            scalar(self.b2, dtype) * old.astype(dtype) + step.weights[dtype] * gram
-        )
+        decay, new = scalar(self.b2, dtype), step.weights[dtype] * gram
+        if codes.is_coded(old):
+            return chosen(finite, codes.moved(old, decay, new, step.count), old)
+        decayed = decay * old.astype(dtype) + new
         kept = rounded(decayed, old.dtype, step.count, stacked=True, packed=packed)
         return chosen(finite, kept, old)
 
@@ -207,8 +208,12 @@ def zeros(
 
     def zero(stack: jax.Array, dim: int) -> jax.Array:
         number, side, _ = shape = _shape(stack, dim)
-        shape = (number, *packing.packed_shape(side)) if kept.packed else shape
-        return jnp.zeros(shape, kept.factors or wide(stack.dtype))
+        dtype = jnp.dtype(kept.factors or wide(stack.dtype))
+        if dtype == jnp.int8:
+            shape = (number, *codes.coded_shape(side))
+        elif kept.packed:
+            shape = (number, *packing.packed_shape(side))
+        return jnp.zeros(shape, dtype)
 
     return {
         key: {str(dim): zero(stacks[key], dim) for dim in of}

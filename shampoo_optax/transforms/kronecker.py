@@ -25,7 +25,12 @@ from shampoo_optax.transforms.exponents import (
 )
 from shampoo_optax.transforms.factors import Correction, Matrices, Stacks, Statistics
 from shampoo_optax.transforms.refresh import Refresh
-from shampoo_optax.transforms.state_dtypes import StateDtypes, restored, stored_like
+from shampoo_optax.transforms.state_dtypes import (
+    StateDtypes,
+    certain,
+    restored,
+    stored_like,
+)
 from shampoo_optax.transforms.units import Share, Units, grouped, refreshed
 
 Refreshed = tuple[Matrices, Matrices, Matrices | None]  # roots, failures, bases
@@ -249,7 +254,7 @@ def _refresh(
         def solve(old: Refreshed, units: Units, power: float = power) -> Refreshed:
             roots, failures, cached = jax.tree.map(lambda x: x, old)  # to change
             vectors = None if cached is None else units.take(cached)
-            batch = restored(units.take(factors))
+            batch = certain(units.take(factors))
             basis = None if vectors is None else bases.straightened(vectors)
             found = solver(target(batch), basis, power)
             root = stored_like(found[0], units.one_of(roots))

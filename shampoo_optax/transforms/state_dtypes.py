@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from shampoo_optax.linalg import packing
+from shampoo_optax.linalg import codes, packing
 from shampoo_optax.transforms._numbers import wide
 
 KEPT = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+CODED = (jnp.dtype(jnp.int8),)
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class StateDtypes:
     Args:
       momentum: of the gradient's moving average.
       second_moment: of the magnitude rule, and of SOAP.
-      factors: of the Kronecker factors.
+      factors: of the Kronecker factors; ``jnp.int8``, too.
       roots: of their inverse roots, of SOAP's bases.
       packed: keep one triangle of factors and roots, ``[n, d + 1, ceil(d / 2)]`` in
         place of ``[n, d, d]``, see :mod:`linalg.packing`. Exact. Bases are not
@@ -60,16 +62,18 @@ class StateDtypes:
             value = getattr(self, field.name)
             if field.name == "packed" or value is None:
                 continue
-            if not _is_kept(value):
+            coded = field.name == "factors"
+            also = ", jnp.int8" if coded else ""
+            if not (_is_one_of(KEPT, value) or (coded and _is_one_of(CODED, value))):
                 raise ValueError(
                     f"StateDtypes({field.name}={value!r}): {field.name} must be "
-                    "jnp.float32, jnp.bfloat16 or None."
+                    f"jnp.float32, jnp.bfloat16{also} or None."
                 )
 
 
-def _is_kept(dtype: Any) -> bool:
+def _is_one_of(dtypes: Sequence[jnp.dtype], dtype: Any) -> bool:
     try:
-        return jnp.dtype(dtype) in KEPT
+        return jnp.dtype(dtype) in dtypes
     except TypeError:
         return False
 
@@ -82,15 +86,17 @@ def stored(
     Args:
       matrices: ``[n, d, d]``; symmetric to be packed.
       dtype: None for their own.
-      packed: keep one triangle.
+      packed: keep one triangle; of int8 always.
 
     Returns:
-      ``[n, d, d]``, or packed ``[n, d + 1, ceil(d / 2)]``.
+      ``[n, d, d]``, packed ``[n, d + 1, ceil(d / 2)]`` or codes.
 
     Example:
       >>> stored(jnp.eye(4)[None], jnp.bfloat16, packed=True).shape
       (1, 5, 2)
     """
+    if dtype is not None and jnp.dtype(dtype) == jnp.int8:
+        return codes.encoded(packing.pack(matrices))
     matrices = packing.pack(matrices) if packed else matrices
     return matrices.astype(dtype or matrices.dtype)
 
@@ -103,8 +109,21 @@ def restored(kept: jax.Array) -> jax.Array:
       Array([[[1., 0.],
               [0., 1.]]], dtype=float32)
     """
+    if codes.is_coded(kept):
+        return packing.unpack(codes.decoded(kept))
     wider = kept.astype(wide(kept.dtype))
     return packing.unpack(wider) if packing.is_packed(kept) else wider
+
+
+def certain(kept: jax.Array) -> jax.Array:
+    """The same, for roots: with the noise of int8 on the diagonal.
+
+    Example:
+      >>> certain(stored(jnp.eye(2)[None], jnp.bfloat16))
+      Array([[[1., 0.],
+              [0., 1.]]], dtype=float32)
+    """
+    return codes.certain(kept) if codes.is_coded(kept) else restored(kept)
 
 
 def stored_like(matrices: jax.Array, like: jax.Array) -> jax.Array:
