@@ -10,14 +10,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # page by page, in the next: a quarter of an optimizer's step on a CPU. So it keeps them.
 KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=4294967296 \
   MALLOC_TRIM_THRESHOLD_=4294967296
+# XLA has threads of its own, and calls a LAPACK of one thread twice at a time.
+ONE_THREAD := OMP_NUM_THREADS=1
 
 .PHONY: train digits test lint bench bench-gpu convergence pods soak clean
 
 train: $(VENV)/.examples ## train a transformer with AdamW and Shampoo side by side
-	$(KEEP_MEMORY) $(BIN)/python -m examples.train_lm $(ARGS)
+	$(KEEP_MEMORY) $(ONE_THREAD) $(BIN)/python -m examples.train_lm $(ARGS)
 
 digits: $(VENV)/.examples ## the same for a convolutional network, in a minute
-	$(KEEP_MEMORY) $(BIN)/python -m examples.train_digits $(ARGS)
+	$(KEEP_MEMORY) $(ONE_THREAD) $(BIN)/python -m examples.train_digits $(ARGS)
 
 # One BLAS thread per process: with more, LAPACK on fake devices is 200 times slower.
 test: $(VENV)/.test $(VENV)/libtpu ## run the tests
@@ -32,7 +34,7 @@ lint: $(VENV)/.test ## formatting, lint, types
 # see ARGS=--help. PyTorch's optimizers join where they can be imported, from .venv or from
 # another interpreter: TORCH_PYTHON=path/to/python.
 bench: $(VENV)/.bench ## measure roots, step, compile, memory, convergence beside the peers
-	$(KEEP_MEMORY) $(BIN)/python -m benchmarks $(ARGS)
+	$(KEEP_MEMORY) $(ONE_THREAD) $(BIN)/python -m benchmarks $(ARGS)
 
 # One CUDA device or TPU, in under ten minutes; JAX for it has to be in the environment:
 # .venv/bin/python -m pip install 'jax[cuda12]'
@@ -44,7 +46,7 @@ pods: $(VENV)/.test $(VENV)/libtpu ## compile the update for TPU pods, without o
 
 # The figures of docs/choosing.md, in about an hour; stopped, it goes on where it was.
 convergence: $(VENV)/.bench ## steps to AdamW's losses, each optimizer at its best rate
-	$(KEEP_MEMORY) OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu $(BIN)/python -m \
+	$(KEEP_MEMORY) $(ONE_THREAD) JAX_PLATFORMS=cpu $(BIN)/python -m \
 	  benchmarks.convergence --picture docs/images/choosing.png $(ARGS)
 
 # A hundred kills and a thousand flipped bits, beside the other tests of checkpoints, in

@@ -19,6 +19,7 @@ from benchmarks import shapes
 WORKER = Path(__file__).with_name("torch_peers.py")
 BASE = "torch adamw"  # what torch's are measured by
 PERIOD = 10
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # Seconds that one answer may take; then the peer is left out, with a word.
 PATIENCE = 120.0
 # No further period of one that was stepped for so many seconds on one set of shapes.
@@ -42,7 +43,9 @@ class Worker:
             text=True,
             # Threads of OpenMP that wait by spinning take the cores from one another
             # where anything else runs: AdamW on four small arrays 90 ms, not 0.2.
-            env={"OMP_WAIT_POLICY": "passive"} | os.environ,
+            # How many there are is PyTorch's to say, where LAPACK under JAX has one.
+            env={"OMP_WAIT_POLICY": "passive"}
+            | {k: v for k, v in os.environ.items() if k not in THREADS},
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:

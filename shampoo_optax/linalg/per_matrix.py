@@ -1,11 +1,17 @@
-"""LAPACK on stacks: one matrix at a time on a CPU."""
+"""LAPACK on stacks: one matrix at a time on a CPU, or two."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+# On two cores, roots of 256 to 1024 take 0.6 of the time two by two; three or four at
+# once, 0.7 to 0.8 (benchmarks/results/cpu/step.json; XLA hands out two well).
+TOGETHER = 2
 
 
 def per_matrix_on_cpu(function: Callable[..., Any], *stacks: jax.Array) -> Any:
@@ -13,7 +19,9 @@ def per_matrix_on_cpu(function: Callable[..., Any], *stacks: jax.Array) -> Any:
 
     XLA spreads a batch of LAPACK calls over its thread pool and waits for them on a
     thread of that same pool, so two batches at once can wait for each other for ever
-    (seen on two cores); and the work on one matrix stays in the cache.
+    (seen on two cores); and the work on one matrix stays in the cache. Two single calls
+    beside each other wait for nothing, but want a LAPACK that keeps to one thread: with
+    ``OMP_NUM_THREADS=1`` (or ``OPENBLAS_NUM_THREADS=1``) they come two by two.
 
     Args:
       function: takes and returns arrays with any leading axes.
@@ -27,8 +35,34 @@ def per_matrix_on_cpu(function: Callable[..., Any], *stacks: jax.Array) -> Any:
       Array([[[0.5, 0. ],
               [0. , 0.5]]], dtype=float32)
     """
+    return jax.lax.platform_dependent(
+        *stacks, cpu=lambda *stacks: _in_turn(function, stacks), default=function
+    )
 
-    def one_by_one(*stacks: jax.Array) -> Any:
+
+def _in_turn(function: Callable[..., Any], stacks: tuple[jax.Array, ...]) -> Any:
+    number = len(stacks[0])
+    pairs = number // TOGETHER
+    if pairs == 0 or not _lapack_has_one_thread():
         return jax.lax.map(lambda xs: function(*xs), stacks)
+    even = pairs * TOGETHER
 
-    return jax.lax.platform_dependent(*stacks, cpu=one_by_one, default=function)
+    def both(xs: list[jax.Array]) -> list[Any]:
+        return [function(*(x[i] for x in xs)) for i in range(TOGETHER)]
+
+    first = [x[:even].reshape(pairs, TOGETHER, *x.shape[1:]) for x in stacks]
+    found = jax.lax.map(both, first)
+    last = [function(*(x[-1] for x in stacks))] if even < number else []
+
+    def whole(*parts: jax.Array) -> jax.Array:
+        paired = jnp.stack(parts[:TOGETHER], 1)
+        paired = paired.reshape(even, *paired.shape[2:])
+        return jnp.concatenate([paired, *(x[None] for x in parts[TOGETHER:])])
+
+    return jax.tree.map(whole, *found, *last)
+
+
+def _lapack_has_one_thread() -> bool:
+    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")  # the first that is set counts
+    said = [os.environ[name] for name in names if os.environ.get(name)]
+    return said[:1] == ["1"]
