@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 from jax import lax
@@ -42,6 +42,13 @@ class Auto:
 
     cpu: RootMethod = field(default_factory=Eigh)
     accelerator: RootMethod = field(default_factory=Minimax)
+
+    def clipping(self) -> Auto:
+        """The same for matrices that rounding has given negative eigenvalues.
+
+        An iteration refuses them; ``cpu`` takes the place of ``accelerator``.
+        """
+        return replace(self, accelerator=self.cpu)
 
     @property
     def max_residual(self) -> float:

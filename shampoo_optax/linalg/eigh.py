@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
 
 from shampoo_optax.linalg.method import Solution
 from shampoo_optax.linalg.per_matrix import per_matrix_on_cpu
 from shampoo_optax.linalg.precisions import PRECISION
 from shampoo_optax.linalg.scaling import Damping
+
+# Of symmetric matrices: eigenvectors, and eigenvalues in ascending order.
+Decomposition = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,12 @@ class PseudoInverse:
 class Eigh:
     """Roots by eigendecomposition: exact, any real ``p``; the default on CPUs.
 
-    Equals ``V diag((max(w, 0) + delta)^(-1/p)) V^T``.
+    Equals ``V diag((max(w, 0) + delta)^(-1/p)) V^T``. On a TPU, by Jacobi's rotations.
 
     Args:
-      double_precision: decompose in float64, also where jax_enable_x64 is off. In
-        float32 LAPACK's eigenvalues are wrong by 1e-7 of the largest, which is a
-        relative error of 2e-2 in the root at ``eps_rel = 1e-6``.
+      double_precision: decompose in float64, also where jax_enable_x64 is off; not on
+        TPUs, which have none. In float32 LAPACK's eigenvalues are wrong by 1e-7 of the
+        largest, which is a relative error of 2e-2 in the root at ``eps_rel = 1e-6``.
       shift: where an eigenvalue is negative, shift the whole spectrum up by it
         (Meta's rule) in place of clipping it.
       pseudo_inverse: drop small eigenvalues and add no damping.
@@ -58,28 +64,26 @@ class Eigh:
         """See :class:`RootMethod`."""
         wide = jnp.float64 if self.double_precision else matrices.dtype
 
-        def root(a: jax.Array, absolute: jax.Array, u: jax.Array) -> jax.Array:
-            # Wide one by one, where it is one by one: the stack stays as it is.
-            found = self._root(
-                a.astype(wide), damping._replace(absolute=absolute), p, u
-            )
-            return found.astype(a.dtype)
+        def by(wide: DTypeLike, eigh: Decomposition) -> Callable[..., jax.Array]:
+            def root(a: jax.Array, absolute: jax.Array, u: jax.Array) -> jax.Array:
+                # Wide one by one, where it is one by one: the stack stays as it is.
+                v, w = eigh(a.astype(wide))
+                given = damping._replace(absolute=absolute)
+                powers = self.powers(w, given, p, u, ascending=True)
+                return rebuilt(v, powers).astype(a.dtype)
+
+            return root
 
         flat = matrices.reshape(-1, *matrices.shape[-2:])
         numbers = damping.absolute.reshape(-1), unit.reshape(-1)
         with jax.enable_x64(True) if self.double_precision else nullcontext():
-            found = per_matrix_on_cpu(root, flat, *numbers)
+            found = lax.platform_dependent(
+                flat,
+                *numbers,
+                tpu=by(matrices.dtype, _jacobi),
+                default=partial(per_matrix_on_cpu, by(wide, _lapack)),
+            )
         return Solution(found.reshape(matrices.shape), jnp.zeros_like(unit))
-
-    def _root(
-        self,
-        matrices: jax.Array,
-        damping: Damping,
-        p: float,
-        unit: jax.Array,
-    ) -> jax.Array:
-        w, v = jnp.linalg.eigh(matrices, symmetrize_input=False)
-        return rebuilt(v, self.powers(w, damping, p, unit, ascending=True))
 
     def powers(
         self,
@@ -141,6 +145,20 @@ def from_basis(
     damping = Damping(absolute, jnp.asarray(eps_rel, values.dtype))
     unit = jnp.ones_like(absolute)
     return rebuilt(vectors, method.powers(values, damping, p, unit))
+
+
+def _lapack(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    w, v = jnp.linalg.eigh(matrices, symmetrize_input=False)
+    return v, w
+
+
+def _jacobi(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What a TPU compiles at any size; its default divides and conquers, one by one."""
+    implementation = lax.linalg.EighImplementation.JACOBI
+    v, w = lax.linalg.eigh(
+        matrices, symmetrize_input=False, implementation=implementation
+    )
+    return v, w
 
 
 def rebuilt(vectors: jax.Array, powers: jax.Array) -> jax.Array:

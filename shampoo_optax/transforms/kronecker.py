@@ -94,7 +94,8 @@ def kronecker(
       eps: absolute damping, in units of squared gradients. Meta's ``epsilon`` with
         ``eps_rel=0``.
       eps_rel: damping relative to the largest eigenvalue.
-      root: how inverse roots are computed; by default as suits the platform.
+      root: how inverse roots are computed; by default as suits the platform, and by
+        eigendecomposition where factors are kept in bfloat16.
       refresh: when they are computed.
       exponents: by the order of a block, the exponent of its roots (for all
         dimensions, or by dimension) in place of ``1 / (2 * order)``; 0 leaves a
@@ -150,7 +151,7 @@ def kronecker(
         b2, bias_correction, weighted, trace_scaling, correction, precision
     )
     measured.check(call)
-    solver = _solver(root, basis, eps, eps_rel)
+    solver = _solver(_suited(root, state_dtypes), basis, eps, eps_rel)
     # Each factor of KL-Shampoo is a covariance: its whitening has exponent 1/2.
     table = ExponentTable(
         call,
@@ -203,6 +204,13 @@ def kronecker(
         return updates, KroneckerState(count, factors, *new, state.exponents)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _suited(root: roots.RootMethod, state_dtypes: StateDtypes) -> roots.RootMethod:
+    """A method that was not chosen by hand takes factors as they are kept."""
+    if isinstance(root, roots.Auto) and state_dtypes.rounds_factors:
+        return root.clipping()
+    return root
 
 
 def _solver(

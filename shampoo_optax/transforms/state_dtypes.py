@@ -56,6 +56,15 @@ class StateDtypes:
     roots: DTypeLike | None = None
     packed: bool = False
 
+    @property
+    def rounds_factors(self) -> bool:
+        """Whether rounding leaves factors with negative eigenvalues.
+
+        In bfloat16, down to -0.003 of the largest. In int8 it is known how far, and a
+        ridge makes up for it, see :mod:`linalg.codes`.
+        """
+        return self.factors is not None and jnp.dtype(self.factors) == jnp.bfloat16
+
     def __post_init__(self) -> None:
         """Check the dtypes."""
         for field in fields(self):
