@@ -24,7 +24,9 @@ def test_the_driver_runs_a_part_and_sums_it_up(
     found = json.loads((tmp_path / "summary.json").read_text())
     assert {line["part"] for line in found["figures"]} == {"memory"}
     assert found["failed"] == {}
-    lean = next(x for x in found["figures"] if x["what"].startswith("1.3B in blocks, leanest"))
+    lean = next(
+        x for x in found["figures"] if x["what"].startswith("1.3B in blocks, leanest")
+    )
     assert 7 < lean["value"] < 9
     printed = capsys.readouterr().out
     assert "1 of 1: bytes of state a parameter" in printed and "All figures" in printed
