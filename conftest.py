@@ -11,7 +11,6 @@ with the run.
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,23 +46,6 @@ def pytest_unconfigure() -> None:
     """Remove the folder of programs."""
     if FIRST:
         shutil.rmtree(PROGRAMS, ignore_errors=True)
-
-
-# Modules whose tests are about where numbers lie, in which type, and who is asked:
-# programs of theirs are compiled in three quarters of the time and compute the same.
-PLAIN = {
-    f"tests/test_{name}.py"
-    for name in ("lean", "layout", "optax_suites", "reblock", "stacks", "view")
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _plain_programs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Most of XLA's optimisations off, for the modules above."""
-    name = "jax_disable_most_optimizations"
-    jax.config.update(name, request.node.nodeid in PLAIN)
-    yield
-    jax.config.update(name, False)
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from shampoo_optax.linalg import per_matrix
 from shampoo_optax.linalg.per_matrix import per_matrix_on_cpu
 
 NAMES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
@@ -30,6 +31,7 @@ def _stack(number: int) -> tuple[jax.Array, jax.Array]:
 def test_each_matrix_is_alone(
     number: int, threads: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(per_matrix, "LARGE", 6)
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     if threads is not None:
@@ -57,6 +59,12 @@ def _calls(run: Any, *arrays: jax.Array) -> int:
 
 
 def test_the_more_special_name_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(per_matrix, "LARGE", 6)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "4")
+    assert _calls(jax.jit(lambda a, b: per_matrix_on_cpu(_eigh, a, b)), *_stack(4)) == 1
+
+
+def test_small_ones_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     assert _calls(jax.jit(lambda a, b: per_matrix_on_cpu(_eigh, a, b)), *_stack(4)) == 1

@@ -12,7 +12,6 @@ from shampoo_optax.linalg.basis_methods import (
     BasisMethod,
     CholeskyQR2,
     Eigh,
-    Jacobi,
 )
 
 # Above it the TPU compiler takes minutes for an eigendecomposition, which is divided
@@ -25,13 +24,13 @@ class Auto:
     """Exact eigenbases on CPUs and GPUs, orthogonal iteration on TPUs; the default.
 
     Equals ``cpu``, ``gpu`` or ``tpu``, by the platform that the program is compiled
-    for; on a TPU ``small`` where matrices have 256 rows or fewer.
+    for; on a TPU ``gpu``, which is Jacobi's rotations there, where matrices have 256
+    rows or fewer.
 
     Args:
       cpu: the method on CPUs.
       gpu: the method on GPUs, and on what has no name here.
-      tpu: the method on TPUs.
-      small: the method on TPUs for small matrices.
+      tpu: the method on TPUs, for large matrices.
 
     Example:
       >>> solve = jax.jit(lambda x: Auto().solve(x, x).vectors)
@@ -44,11 +43,12 @@ class Auto:
     cpu: BasisMethod = field(default_factory=Eigh)
     gpu: BasisMethod = field(default_factory=Eigh)
     tpu: BasisMethod = field(default_factory=CholeskyQR2)
-    small: BasisMethod = field(default_factory=Jacobi)
 
     def solve(self, matrices: jax.Array, basis: jax.Array) -> Basis:
         """See :class:`BasisMethod`."""
-        tpu = self.small if matrices.shape[-1] <= SMALL else self.tpu
+        if self.cpu == self.gpu and matrices.shape[-1] <= SMALL:
+            return self.cpu.solve(matrices, basis)
+        tpu = self.gpu if matrices.shape[-1] <= SMALL else self.tpu
         return lax.platform_dependent(
             matrices, basis, cpu=self.cpu.solve, tpu=tpu.solve, default=self.gpu.solve
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from shampoo_optax.linalg.per_matrix import per_matrix_on_cpu
+from shampoo_optax.linalg.per_matrix import in_turn, per_matrix_on_cpu
 from shampoo_optax.linalg.precisions import whole
 
 
@@ -21,9 +20,6 @@ class Basis(NamedTuple):
 
     vectors: jax.Array  # [..., d, d]: directions are columns
     values: jax.Array  # [..., d]: the diagonal of Q^T A Q
-
-
-Solver = Callable[[jax.Array], Basis]
 
 
 class BasisMethod(Protocol):
@@ -36,6 +32,8 @@ class BasisMethod(Protocol):
 @dataclass(frozen=True)
 class Eigh:
     """Eigenbases by eigendecomposition: exact; the default on CPUs and GPUs.
+
+    On a TPU, as :class:`Jacobi`.
 
     Args:
       tolerance: keep a basis in which the part of the matrix off the diagonal is at
@@ -77,7 +75,10 @@ class Eigh:
             return vectors.astype(a.dtype), values.astype(a.dtype)
 
         with jax.enable_x64(True) if self.double_precision else nullcontext():
-            return Basis(*per_matrix_on_cpu(eigh, matrices))
+            found = lax.platform_dependent(
+                matrices, cpu=partial(in_turn, eigh), tpu=_rotations, default=eigh
+            )
+        return Basis(*found)
 
 
 @dataclass(frozen=True)
@@ -94,19 +95,8 @@ class Jacobi:
         """See :class:`BasisMethod`."""
         del basis
 
-        def by(implementation: lax.linalg.EighImplementation | None) -> Solver:
-            def solve(matrices: jax.Array) -> Basis:
-                return Basis(
-                    *lax.linalg.eigh(
-                        matrices, symmetrize_input=False, implementation=implementation
-                    )
-                )
-
-            return solve
-
-        lapack = partial(per_matrix_on_cpu, by(None))
-        rotations = by(lax.linalg.EighImplementation.JACOBI)
-        return lax.platform_dependent(matrices, cpu=lapack, default=rotations)
+        lapack = partial(per_matrix_on_cpu, _lapack)
+        return Basis(*lax.platform_dependent(matrices, cpu=lapack, default=_rotations))
 
 
 @dataclass(frozen=True)
@@ -236,6 +226,19 @@ def identity_like(x: jax.Array) -> jax.Array:
               [0., 1.]]], dtype=float32)
     """
     return jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
+
+
+def _lapack(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    v, w = lax.linalg.eigh(matrices, symmetrize_input=False)
+    return v, w
+
+
+def _rotations(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    implementation = lax.linalg.EighImplementation.JACOBI
+    v, w = lax.linalg.eigh(
+        matrices, symmetrize_input=False, implementation=implementation
+    )
+    return v, w
 
 
 def _rotate(matrices: jax.Array, basis: jax.Array) -> jax.Array:

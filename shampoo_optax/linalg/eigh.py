@@ -14,7 +14,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from shampoo_optax.linalg.method import Solution
-from shampoo_optax.linalg.per_matrix import per_matrix_on_cpu
+from shampoo_optax.linalg.per_matrix import in_turn
 from shampoo_optax.linalg.precisions import PRECISION
 from shampoo_optax.linalg.scaling import Damping
 
@@ -80,8 +80,9 @@ class Eigh:
             found = lax.platform_dependent(
                 flat,
                 *numbers,
+                cpu=partial(in_turn, by(wide, _lapack)),
                 tpu=by(matrices.dtype, _jacobi),
-                default=partial(per_matrix_on_cpu, by(wide, _lapack)),
+                default=by(wide, _lapack),
             )
         return Solution(found.reshape(matrices.shape), jnp.zeros_like(unit))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 # On two cores, roots of 256 to 1024 take 0.6 of the time two by two; three or four at
 # once, 0.7 to 0.8 (benchmarks/results/cpu/step.json; XLA hands out two well).
 TOGETHER = 2
+# With smaller ones XLA does not run a loop's calls beside each other (128: no gain).
+LARGE = 256
 
 
 def per_matrix_on_cpu(function: Callable[..., Any], *stacks: jax.Array) -> Any:
@@ -21,7 +24,7 @@ def per_matrix_on_cpu(function: Callable[..., Any], *stacks: jax.Array) -> Any:
     thread of that same pool, so two batches at once can wait for each other for ever
     (seen on two cores); and the work on one matrix stays in the cache. Two single calls
     beside each other wait for nothing, but want a LAPACK that keeps to one thread: with
-    ``OMP_NUM_THREADS=1`` (or ``OPENBLAS_NUM_THREADS=1``) they come two by two.
+    ``OMP_NUM_THREADS=1`` (or ``OPENBLAS_NUM_THREADS=1``) large ones come two by two.
 
     Args:
       function: takes and returns arrays with any leading axes.
@@ -36,14 +39,22 @@ def per_matrix_on_cpu(function: Callable[..., Any], *stacks: jax.Array) -> Any:
               [0. , 0.5]]], dtype=float32)
     """
     return jax.lax.platform_dependent(
-        *stacks, cpu=lambda *stacks: _in_turn(function, stacks), default=function
+        *stacks, cpu=partial(in_turn, function), default=function
     )
 
 
-def _in_turn(function: Callable[..., Any], stacks: tuple[jax.Array, ...]) -> Any:
+def in_turn(function: Callable[..., Any], *stacks: jax.Array) -> Any:
+    """What :func:`per_matrix_on_cpu` does on a CPU.
+
+    Example:
+      >>> in_turn(jax.numpy.linalg.inv, 2.0 * jax.numpy.eye(2)[None])
+      Array([[[0.5, 0. ],
+              [0. , 0.5]]], dtype=float32)
+    """
     number = len(stacks[0])
     pairs = number // TOGETHER
-    if pairs == 0 or not _lapack_has_one_thread():
+    small = stacks[0].shape[-1] < LARGE
+    if pairs == 0 or small or not _lapack_has_one_thread():
         return jax.lax.map(lambda xs: function(*xs), stacks)
     even = pairs * TOGETHER
 
