@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+import shampoo_optax as so
 
 SHAPES = {"kernel": (6, 4), "conv": (3, 3, 2, 4), "bias": (5,), "scale": ()}
 
@@ -92,3 +95,14 @@ def type_changes(before: Any, after: Any) -> list[str]:
             weak = f"weak: {a.weak_type}, {b.weak_type}"
             changes.append(f"{name}: {a} {a.sharding} -> {b} {b.sharding} ({weak})")
     return changes
+
+
+def temporaries(kept: so.StateDtypes) -> float:
+    """Bytes a parameter that a compiled step of four blocks a side holds beside it."""
+    like = {"w": jax.ShapeDtypeStruct((2048, 2048), jnp.float32)}
+    tx = so.scale_by_shampoo(
+        layout=so.BlockLayout(512), refresh=so.Refresh(1, math.inf), state_dtypes=kept
+    )
+    state = jax.eval_shape(tx.init, like)
+    step = jax.jit(tx.update, donate_argnums=(0, 1)).lower(like, state).compile()
+    return step.memory_analysis().temp_size_in_bytes / 2048**2

@@ -315,18 +315,7 @@ def test_large_blocks_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_step_holds_one_large_block_whole() -> None:
-    like = {"w": jax.ShapeDtypeStruct((2048, 2048), F32)}
-
-    def temporaries(kept: so.StateDtypes) -> float:
-        tx = so.scale_by_shampoo(
-            layout=so.BlockLayout(512), refresh=so.Refresh(1, math.inf),
-            state_dtypes=kept,
-        )  # fmt: skip
-        state = jax.eval_shape(tx.init, like)
-        step = jax.jit(tx.update, donate_argnums=(0, 1)).lower(like, state).compile()
-        return step.memory_analysis().temp_size_in_bytes / 2048**2
-
-    plain, coded = temporaries(so.StateDtypes()), temporaries(ALONE)
+    plain, coded = helpers.temporaries(so.StateDtypes()), helpers.temporaries(ALONE)
     assert coded <= plain - 3  # a byte less for each of a copy of the factors
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -281,18 +280,7 @@ def test_large_blocks_in_turn(
 
 def test_a_lean_step_holds_one_large_block_whole() -> None:
     """Temporaries shrink with the state: no copy of all factors or roots beside it."""
-    like = {"w": jax.ShapeDtypeStruct((2048, 2048), F32)}
-
-    def temporaries(kept: so.StateDtypes) -> float:
-        tx = so.scale_by_shampoo(
-            layout=so.BlockLayout(512), refresh=so.Refresh(1, math.inf),
-            state_dtypes=kept,
-        )  # fmt: skip
-        state = jax.eval_shape(tx.init, like)
-        step = jax.jit(tx.update, donate_argnums=(0, 1)).lower(like, state).compile()
-        return step.memory_analysis().temp_size_in_bytes / 2048**2
-
-    plain, packed = temporaries(so.StateDtypes()), temporaries(PACKED)
+    plain, packed = helpers.temporaries(so.StateDtypes()), helpers.temporaries(PACKED)
     assert packed <= plain - 3  # a byte less for each of a copy of the factors
 
 

@@ -14,8 +14,8 @@ from shampoo_optax.linalg.basis_methods import (
     Eigh,
 )
 
-# Above it the TPU compiler takes minutes for an eigendecomposition, which is divided
-# and conquered there, one matrix after another; up to it, Jacobi's rotations.
+# Up to it a TPU's own default is Jacobi's rotations, too. How long they take for larger
+# matrices is not known; products and Cholesky factors are what the device is for.
 SMALL = 256
 
 

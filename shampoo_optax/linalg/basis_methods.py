@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from shampoo_optax.linalg.eigh import jacobi, lapack
 from shampoo_optax.linalg.per_matrix import in_turn, per_matrix_on_cpu
 from shampoo_optax.linalg.precisions import whole
 
@@ -71,12 +72,12 @@ class Eigh:
         wide = jnp.float64 if self.double_precision else matrices.dtype
 
         def eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-            values, vectors = jnp.linalg.eigh(a.astype(wide), symmetrize_input=False)
+            vectors, values = lapack(a.astype(wide))
             return vectors.astype(a.dtype), values.astype(a.dtype)
 
         with jax.enable_x64(True) if self.double_precision else nullcontext():
             found = lax.platform_dependent(
-                matrices, cpu=partial(in_turn, eigh), tpu=_rotations, default=eigh
+                matrices, cpu=partial(in_turn, eigh), tpu=jacobi, default=eigh
             )
         return Basis(*found)
 
@@ -95,8 +96,8 @@ class Jacobi:
         """See :class:`BasisMethod`."""
         del basis
 
-        lapack = partial(per_matrix_on_cpu, _lapack)
-        return Basis(*lax.platform_dependent(matrices, cpu=lapack, default=_rotations))
+        one_by_one = partial(in_turn, lapack)
+        return Basis(*lax.platform_dependent(matrices, cpu=one_by_one, default=jacobi))
 
 
 @dataclass(frozen=True)
@@ -226,19 +227,6 @@ def identity_like(x: jax.Array) -> jax.Array:
               [0., 1.]]], dtype=float32)
     """
     return jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
-
-
-def _lapack(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    v, w = lax.linalg.eigh(matrices, symmetrize_input=False)
-    return v, w
-
-
-def _rotations(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    implementation = lax.linalg.EighImplementation.JACOBI
-    v, w = lax.linalg.eigh(
-        matrices, symmetrize_input=False, implementation=implementation
-    )
-    return v, w
 
 
 def _rotate(matrices: jax.Array, basis: jax.Array) -> jax.Array:

@@ -80,9 +80,9 @@ class Eigh:
             found = lax.platform_dependent(
                 flat,
                 *numbers,
-                cpu=partial(in_turn, by(wide, _lapack)),
-                tpu=by(matrices.dtype, _jacobi),
-                default=by(wide, _lapack),
+                cpu=partial(in_turn, by(wide, lapack)),
+                tpu=by(matrices.dtype, jacobi),
+                default=by(wide, lapack),
             )
         return Solution(found.reshape(matrices.shape), jnp.zeros_like(unit))
 
@@ -148,13 +148,23 @@ def from_basis(
     return rebuilt(vectors, method.powers(values, damping, p, unit))
 
 
-def _lapack(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+def lapack(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvectors and ascending eigenvalues, as a platform has them by default.
+
+    Example:
+      >>> lapack(jnp.diag(jnp.array([2.0, 1.0])))[1]
+      Array([1., 2.], dtype=float32)
+    """
     w, v = jnp.linalg.eigh(matrices, symmetrize_input=False)
     return v, w
 
 
-def _jacobi(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What a TPU compiles at any size; its default divides and conquers, one by one."""
+def jacobi(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same by rotations, which GPUs and TPUs have, at any size.
+
+    A TPU's default divides and conquers, one matrix after another, and takes minutes
+    to compile.
+    """
     implementation = lax.linalg.EighImplementation.JACOBI
     v, w = lax.linalg.eigh(
         matrices, symmetrize_input=False, implementation=implementation

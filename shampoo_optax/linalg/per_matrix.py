@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 # On two cores, roots of 256 to 1024 take 0.6 of the time two by two; three or four at
-# once, 0.7 to 0.8 (benchmarks/results/cpu/step.json; XLA hands out two well).
+# once, 0.7 to 0.9 (docs/log.md).
 TOGETHER = 2
 # With smaller ones XLA does not run a loop's calls beside each other (128: no gain).
 LARGE = 256
