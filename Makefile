@@ -13,7 +13,7 @@ KEEP_MEMORY := MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=4294967296 \
 # XLA has threads of its own, and calls a LAPACK of one thread twice at a time.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: train digits test lint bench bench-gpu convergence pods soak clean
+.PHONY: train digits test lint bench bench-gpu gpu-compile convergence pods soak clean
 
 train: $(VENV)/.examples ## train a transformer with AdamW and Shampoo side by side
 	$(KEEP_MEMORY) $(ONE_THREAD) $(BIN)/python -m examples.train_lm $(ARGS)
@@ -40,6 +40,14 @@ bench: $(VENV)/.bench ## measure roots, step, compile, memory, convergence besid
 # .venv/bin/python -m pip install 'jax[cuda12]'
 bench-gpu: $(VENV)/.bench ## roots, the step and a training step on one accelerator
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+# What JAX runs on a GPU, for the compiler alone: half a gigabyte.
+$(VENV)/cuda: $(VENV)/.bench
+	$(PIP) --no-deps --target $@ nvidia-cuda-nvcc-cu12 $$($(BIN)/python -c 'import \
+	  jax; print(*("jax-cuda12-%s==%s" % (x, jax.__version__) for x in ("plugin", "pjrt")))')
+
+gpu-compile: $(VENV)/cuda ## compile the roots for a GPU, without one
+	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m benchmarks.gpu_compile
 
 pods: $(VENV)/.test $(VENV)/libtpu ## compile the update for TPU pods, without one
 	PYTHONPATH=$(VENV)/libtpu $(BIN)/python -m benchmarks.pods $(ARGS)

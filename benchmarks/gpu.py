@@ -6,7 +6,8 @@
 - step: `update` on one eighth of the blocks of a Llama-like model of 953 million
   parameters, blocks of 1024: a device's share among eight, with frequency 1, and 10
   staggered, beside AdamW on as many parameters. *Fast*: roots with
-  `precision="fp16x3"`, all other products with `precision="tf32"`;
+  `precision="fp16x3"`, all other products with `precision="tf32"`; *own kernels*: the
+  same with those of `benchmarks/fused.py`;
 - training: a GPT of 124 million parameters on 64 x 1024 tokens in bfloat16, with AdamW
   and with Shampoo at frequency 10, staggered.
 
@@ -32,6 +33,7 @@ import optax
 import shampoo_optax as so
 from benchmarks import common, gpt, shapes
 from benchmarks.bases import METHODS as BASES
+from benchmarks.fused import TILE, Fused
 from shampoo_optax.linalg import bases, roots
 
 METHODS: dict[str, Any] = {
@@ -40,6 +42,7 @@ METHODS: dict[str, Any] = {
     "minimax": roots.Minimax(),
     "minimax, all float32": roots.Minimax(double_first_step=False),
     "minimax fp16x3": roots.Minimax(precision="fp16x3"),
+    "minimax, own kernels": Fused(),
     "minimax fp16x3, no float64": roots.Minimax(
         precision="fp16x3", double_first_step=False
     ),
@@ -53,6 +56,7 @@ FAST = {
     "root": roots.Auto(accelerator=roots.Minimax(precision="fp16x3")),
     "precision": "tf32",
 }
+OURS = FAST | {"root": roots.Auto(accelerator=Fused())}
 PARTS = ("step", "training", "roots", "bases")
 # No measurement takes longer than this, in seconds, but for one batch and its warm-up.
 PATIENCE = 3.0
@@ -180,6 +184,12 @@ def _shampoo(layout: so.BlockLayout, frequency: int, **options: Any) -> Any:
     return so.shampoo(1e-4, layout=layout, refresh=refresh, **options)
 
 
+def _different(contenders: dict[str, Any], sizes: Sizes) -> list[tuple[str, Any]]:
+    """Without our own kernels where blocks are smaller than their tiles."""
+    ours = sizes.block % TILE == 0
+    return [(k, v) for k, v in contenders.items() if ours or "own kernels" not in k]
+
+
 def share_of(stacks: dict[str, Any], share: int) -> dict[str, tuple[int, ...]]:
     """One of ``share`` equal parts of all blocks, those cut that are fewer."""
     shapes = {}
@@ -203,13 +213,16 @@ def of_steps(sizes: Sizes) -> dict[str, float]:
         for name, shape in share_of(plan.stacks, sizes.share).items()
     }
     found: dict[str, float] = {}
-    for name, tx in {
+    contenders = {
         "adamw": optax.adamw(1e-4),
         "shampoo, frequency 1": _shampoo(layout, 1),
         "shampoo, frequency 10": _shampoo(layout, 10),
         "shampoo, fast, frequency 1": _shampoo(layout, 1, **FAST),
         "shampoo, fast, frequency 10": _shampoo(layout, 10, **FAST),
-    }.items():
+        "shampoo, own kernels, frequency 1": _shampoo(layout, 1, **OURS),
+        "shampoo, own kernels, frequency 10": _shampoo(layout, 10, **OURS),
+    }
+    for name, tx in _different(contenders, sizes):
         run = Run(tx, params, lambda params: params)
         found[name] = milliseconds(run, sizes.rounds, sizes.batch)
         say(name, found[name])
@@ -228,11 +241,13 @@ def of_training(sizes: Sizes) -> dict[str, float]:
     gradient = jax.grad(lambda params: gpt.loss(params, tokens))
     layout = so.BlockLayout(sizes.block)
     found = {}
-    for name, tx in {
+    contenders = {
         "adamw": optax.adamw(1e-4),
         "shampoo": _shampoo(layout, 10),
         "shampoo, fast": _shampoo(layout, 10, **FAST),
-    }.items():
+        "shampoo, own kernels": _shampoo(layout, 10, **OURS),
+    }
+    for name, tx in _different(contenders, sizes):
         run = Run(tx, params, gradient)
         found[name] = milliseconds(run, sizes.rounds, sizes.batch)
         say(name, found[name])

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,20 +140,36 @@ class Minimax:
         del unit
         steps, degree = self.row(p).steps, int(p)
 
-        def solve(name: str, matrices: jax.Array, absolute: jax.Array) -> Solution:
-            products = arithmetic(name)
-            outer: Product = partial(_either, products.product)
+        def solve(
+            products: Arithmetic, matrices: jax.Array, absolute: jax.Array
+        ) -> Solution:
+            outer: Product = partial(_either, products.multiplied)
             if self.double_first_step is not None:
-                outer = _double if self.double_first_step else products.product
+                outer = _double if self.double_first_step else products.multiplied
             ridge = damping._replace(absolute=absolute).ridge
             return _solve(matrices, ridge, steps, degree, products, outer)
 
-        arguments, full = (matrices, damping.absolute), partial(solve, "highest")
+        arguments = matrices, damping.absolute
         if self.precision == "highest" or matrices.dtype != jnp.float32:
-            return full(*arguments)
-        fewer = partial(solve, self.precision)
-        tpu = full if self.precision == SPLIT else fewer  # it has no float16 units
-        return lax.platform_dependent(*arguments, cpu=full, tpu=tpu, default=fewer)
+            return solve(arithmetic("highest"), *arguments)
+        by_platform = {
+            platform: partial(solve, products)
+            for platform, products in self.products(matrices.shape[-1]).items()
+        }
+        return lax.platform_dependent(*arguments, **by_platform)
+
+    def products(self, size: int) -> dict[str, Arithmetic]:
+        """How each platform multiplies float32 matrices of a size.
+
+        Example:
+          >>> sorted(Minimax(precision="fp16x3").products(1024))
+          ['cpu', 'default', 'tpu']
+        """
+        del size
+        full = arithmetic("highest")
+        others = {"cpu": full, "default": arithmetic(self.precision)}
+        # A TPU has no units for float16.
+        return others | ({"tpu": full} if self.precision == SPLIT else {})
 
 
 def _solve(
@@ -164,10 +181,9 @@ def _solve(
     outer: Product,
 ) -> Solution:
     """All steps; ``outer`` is the product around the matrix in the first of them."""
-    product, square = products
     identity = identity_like(matrices)
-    squares = square(matrices)
-    largest = spectrum(matrices, squares, square)
+    squares = products.squared(matrices)
+    largest = spectrum(matrices, squares, products.squared)
     delta = ridge(largest.estimate)
     scale = jnp.maximum(largest.bound + delta, jnp.finfo(matrices.dtype).tiny)
     # The first step in powers of A, not of M = (A + delta I) / s: adding delta would
@@ -177,28 +193,28 @@ def _solve(
     constant = a + share * (b + share * c)
     linear, quadratic = (b + 2 * c * share) * over, c * over * over
     root = constant * identity + linear * matrices + quadratic * squares
-    half = _power(root, degree // 2, products)
+    held = products.hold(root)
+    half = products.free(_power(held, degree // 2, products))
     inside = outer(matrices, half) + delta[..., None, None] * half
     coupled = symmetric(outer(half, inside) * over)
 
-    def factor(coupled: jax.Array, step: jax.Array) -> jax.Array:
-        return step[0] * identity + step[1] * coupled + step[2] * square(coupled)
-
-    def step(state: tuple[jax.Array, jax.Array], step: jax.Array) -> tuple:
+    def step(state: tuple[Any, Any], step: jax.Array) -> tuple:
         root, coupled = state
-        new = factor(coupled, step)
+        new = products.quadratic(step, coupled)
         half = _power(new, degree // 2, products)
         # From both sides, half a power each: what rounding leaves in M is then damped
         # on both, and the direction of the root is 4 times nearer than from one side.
-        coupled = product(half, product(coupled, half))
-        return (product(root, new), symmetric(coupled)), None
+        coupled = products.product(half, products.product(coupled, half))
+        return (products.product(root, new), products.symmetric(coupled)), None
 
     others = jnp.asarray(steps[1:], matrices.dtype)
-    (root, coupled), _ = lax.scan(step, (root, coupled), others[:-1])
-    last = factor(coupled, others[-1])
+    state = held, products.hold(coupled)
+    (held, coupled), _ = lax.scan(step, state, others[:-1])
+    last = products.quadratic(others[-1], coupled)
     back = scale ** (-1.0 / degree)
-    root = symmetric(product(root, last)) * back[..., None, None]
-    return Solution(root, _residual(coupled, last, degree))
+    root = symmetric(products.free(products.product(held, last)))
+    residual = _residual(products.free(coupled), products.free(last), degree)
+    return Solution(root * back[..., None, None], residual)
 
 
 def _residual(coupled: jax.Array, last: jax.Array, degree: int) -> jax.Array:
@@ -227,8 +243,8 @@ def _signs(rows: int, dtype: DTypeLike) -> jax.Array:
     return (2 * (columns & 1).astype(jnp.int32) - 1).astype(dtype)
 
 
-def _power(matrices: jax.Array, exponent: int, products: Arithmetic) -> jax.Array:
-    """``matrices**exponent`` for 1 to 4."""
+def _power(matrices: Any, exponent: int, products: Arithmetic) -> Any:
+    """``matrices**exponent`` for 1 to 4, held."""
     if exponent == 1:
         return matrices
     even = products.square(_power(matrices, exponent // 2, products))

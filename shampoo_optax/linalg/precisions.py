@@ -82,10 +82,26 @@ def contraction(
 
 
 class Arithmetic(NamedTuple):
-    """Products and squares of stacks of symmetric matrices."""
+    """Products of stacks of symmetric matrices, held in a form of their own.
 
-    product: Product
-    square: Callable[[jax.Array], jax.Array]  # exactly symmetric
+    Every operation but ``hold`` takes what ``hold`` gives, and all but ``free`` give
+    such a thing again.
+    """
+
+    product: Callable[[Any, Any], Any]
+    square: Callable[[Any], Any]  # exactly symmetric
+    quadratic: Callable[[jax.Array, Any], Any]  # (a, b, c), M: a I + b M + c M^2
+    symmetric: Callable[[Any], Any]
+    hold: Callable[[jax.Array], Any]
+    free: Callable[[Any], jax.Array]
+
+    def squared(self, matrices: jax.Array) -> jax.Array:
+        """The squares of matrices that are not held."""
+        return self.free(self.square(self.hold(matrices)))
+
+    def multiplied(self, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        """The product of matrices that are not held."""
+        return self.free(self.product(self.hold(lhs), self.hold(rhs)))
 
 
 def arithmetic(name: str) -> Arithmetic:
@@ -100,9 +116,22 @@ def arithmetic(name: str) -> Arithmetic:
       True
     """
     if name == SPLIT:
-        return Arithmetic(_in_parts, _square_in_parts)
+        return _of(_in_parts, _square_in_parts)
     product = partial(jnp.matmul, precision=PRECISIONS[name])
-    return Arithmetic(product, lambda x: symmetric(product(x, x)))
+    return _of(product, lambda x: symmetric(product(x, x)))
+
+
+def _of(product: Product, square: Callable[[jax.Array], jax.Array]) -> Arithmetic:
+    """Matrices are held as they are."""
+
+    def quadratic(step: jax.Array, x: jax.Array) -> jax.Array:
+        identity = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
+        return step[0] * identity + step[1] * x + step[2] * square(x)
+
+    def same(x: jax.Array) -> jax.Array:
+        return x
+
+    return Arithmetic(product, square, quadratic, symmetric, same, same)
 
 
 def symmetric(matrices: jax.Array) -> jax.Array:
@@ -116,8 +145,13 @@ def symmetric(matrices: jax.Array) -> jax.Array:
     return 0.5 * (matrices + jnp.swapaxes(matrices, -2, -1))
 
 
-def _parts(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What float16 keeps, and what it keeps of the rest."""
+def float16_parts(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What float16 keeps of ``SCALE`` times the matrices, and what of the rest.
+
+    Example:
+      >>> [float(part) for part in float16_parts(jnp.float32(0.125 + 2**-15))]
+      [1.0, 0.000244140625]
+    """
     scaled = SCALE * matrices
     # Not a cast there and back, which XLA may take out as excess precision.
     high = lax.reduce_precision(scaled, exponent_bits=5, mantissa_bits=10)
@@ -130,13 +164,13 @@ def _in_parts(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     Source: Ootomo and Yokota, `Recovering single precision accuracy from Tensor Cores
     <https://arxiv.org/abs/2203.03341>`_, 2022 (the parts).
     """
-    (a, b), (c, d) = _parts(lhs), _parts(rhs)
+    (a, b), (c, d) = float16_parts(lhs), float16_parts(rhs)
     return _deep([a, b, a], [c, c, d])
 
 
 def _square_in_parts(matrices: jax.Array) -> jax.Array:
     """``(a + b)^2`` but for ``b^2``: ``a (a / 2 + b)`` and its transpose."""
-    a, b = _parts(matrices)
+    a, b = float16_parts(matrices)
     half = _deep([a, a], [0.5 * a, b])
     return half + jnp.swapaxes(half, -2, -1)
 
