@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from shampoo_optax.linalg import coupled
 from shampoo_optax.linalg.method import Solution
+from shampoo_optax.linalg.precisions import symmetric
 from shampoo_optax.linalg.scaling import Damping, largest_eigenvalue
 
 
@@ -57,7 +58,7 @@ class CoupledNewton:
             max_growth=self.max_growth,
             stagnation=1e-3,
         )
-        return Solution(end.root, end.error)
+        return Solution(symmetric(end.root), end.error)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ class CoupledHigherOrder:
         error = coupled.residual(
             coupled.product(ridged, coupled.power(end.root, degree))
         )
-        return Solution(coupled.power(end.root, fraction.denominator), error)
+        root = coupled.power(end.root, fraction.denominator)
+        return Solution(symmetric(root), error)
 
 
 def _ridged(matrices: jax.Array, delta: jax.Array) -> jax.Array:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from shampoo_optax.linalg.precisions import PRECISION
+
 
 def chosen(mask: jax.Array, yes: jax.Array, no: jax.Array) -> jax.Array:
     """``jnp.where`` for two arrays of one shape and dtype.
@@ -35,9 +37,10 @@ def all_finite(
 ) -> jax.Array:
     """``jnp.isfinite(array).all(axes)``, exactly.
 
-    For maxima and sums of float32 XLA's CPU compiler has kernels, where ``all`` takes
-    it 50 ms for every shape. Its maximum passes over NaNs, which the sum does not; the
-    sum may overflow, where the maximum is finite.
+    A mean along each axis, by a product with a constant: what is not finite stays so,
+    and no sum on the way is larger than what it sums. The array is read once, where
+    XLA's CPU compiler writes out its absolute values to reduce them, its maximum passes
+    over NaNs, and ``all`` takes it 50 ms for every shape.
 
     Args:
       array: of floating-point numbers.
@@ -51,7 +54,11 @@ def all_finite(
       >>> all_finite(jnp.array([[3e38, 3e38], [0, jnp.nan], [0, jnp.inf]]), [1])
       Array([ True, False, False], dtype=bool)
     """
-    size, axis = jnp.abs(array), tuple(axes)
-    largest = jnp.max(size, axis=axis, keepdims=keepdims, initial=0.0)
-    total = jnp.sum(size, axis=axis, keepdims=keepdims)
-    return jnp.isfinite(largest) & ~jnp.isnan(total)
+    where = sorted(axis % array.ndim for axis in axes)
+    for axis in reversed(where):
+        size = array.shape[axis]
+        shares = jnp.full(size, 0.5 / max(size, 1), array.dtype)
+        dims = (((axis,), (0,)), ((), ()))
+        array = lax.dot_general(array, shares, dims, precision=PRECISION)
+    finite = jnp.isfinite(array)
+    return jnp.expand_dims(finite, where) if keepdims else finite

@@ -12,7 +12,7 @@ from shampoo_optax.linalg.scaling import Damping
 class Solution(NamedTuple):
     """What a method found."""
 
-    root: jax.Array  # [..., d, d]
+    root: jax.Array  # [..., d, d], symmetric to the last bit
     residual: jax.Array  # [...]: max |A X^p - I|, or 0 where a method cannot fail
 
 

@@ -77,7 +77,6 @@ def inverse_root(
     whole = jnp.floor(back)
     back = unscale(jnp.exp2(back - whole), whole.astype(jnp.int32))
     root = solution.root * back[..., None, None]
-    root = 0.5 * (root + jnp.swapaxes(root, -2, -1))
     accepted = (
         scaled.usable
         & (scaled.nonzero | (relative == 0))

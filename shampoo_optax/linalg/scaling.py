@@ -59,7 +59,9 @@ def prescale(matrices: jax.Array) -> Scaled:
       >>> float(scaled.matrix[0, 0]), int(scaled.exponent)
       (0.5916456580162048, 103)
     """
-    largest = jnp.max(jnp.abs(matrices), axis=(-2, -1), initial=0.0)
+    # On the diagonal, where no entry is negative: not of absolute values, which XLA's
+    # CPU compiler would write out first.
+    largest = jnp.max(matrices, axis=(-2, -1), initial=0.0)
     usable = all_finite(matrices, (-2, -1))
     nonzero = usable & (largest >= 4 * jnp.finfo(matrices.dtype).tiny)
     exponent = _exponent(chosen(nonzero, largest, jnp.ones_like(largest)))
