@@ -36,7 +36,7 @@ class Part:
     default: bool = True
 
 
-LEARN = ("--task", "digits", "--seeds", "1", "--time-again", "--optimizers")
+LEARN = ("--task", "digits", "--seeds", "3", "--time-again", "--optimizers")
 PARTS = {
     "roots": Part("root methods: error, products, time", "roots"),
     "bases": Part("basis methods: how diagonal, how orthogonal, time", "bases"),
@@ -47,7 +47,7 @@ PARTS = {
     "staggered": Part("refreshes together and staggered, on fake devices", "staggered"),
     "memory": Part("bytes of state a parameter", "lean", ("--weigh",)),
     "digits": Part(
-        "steps to AdamW's loss on digits, one seed",
+        "steps to AdamW's loss on digits, three seeds",
         "convergence",
         (*LEARN, "adamw", "muon", "shampoo", "soap"),
     ),

@@ -150,6 +150,9 @@ def _memory(results: dict[str, Any]) -> Lines:
     for name, bar in BYTES.items():
         title = f"1.3B in blocks, {name}: state bytes a parameter"
         yield title, held[f"shampoo {name}"]["1.3B square"], bar
+
+
+def _lean(results: dict[str, Any]) -> Lines:
     loss = results.get("loss", {})
     if "shampoo leanest" in loss:
         rise = loss["shampoo leanest"] / loss["shampoo float32"] - 1.0
@@ -174,7 +177,7 @@ OF_PART = {
     "run_once": _run_once,
     "staggered": _staggered,
     "memory": _memory,
-    "lean": _memory,
+    "lean": _lean,
     "digits": _learning,
     "convergence": _learning,
 }
