@@ -52,7 +52,7 @@ def _blocks(view: Any) -> Any:
 @pytest.mark.parametrize("name", views.WRAPPED)
 def test_the_table_is_the_view(name: str) -> None:
     tx, params, layout = views.WRAPPED[name](), views._params(), views._layout(name)
-    _, state = helpers.run(tx, params, 3, eager=True)
+    state = helpers.gradients(tx.init(params))
     found = _through_the_table(state, params, layout)
     wanted = _blocks(checkpoint.to_param_view(state, params, layout))
     helpers.assert_equal(found, wanted)
