@@ -18,10 +18,10 @@ from shampoo_optax import checkpoint
 from shampoo_optax.checkpoint import abstract_view, from_param_view, to_param_view
 from shampoo_optax.linalg import codes, packing
 from shampoo_optax.linalg.rounding import GOLDEN, phases
-from shampoo_optax.transforms import _in_turn
-from shampoo_optax.transforms.state_dtypes import certain, restored, stored
+from shampoo_optax.transforms import _in_turn, state_dtypes
+from shampoo_optax.transforms.state_dtypes import stored
 from tests import helpers
-from tests.test_lean import LAYOUT, OPTIMIZERS, _failures, _leaves
+from tests.test_lean import LAYOUT, OPTIMIZERS, SHAPES, _failures, _leaves
 from tests.test_sharded import (
     BLOCK,
     EXPLICIT,
@@ -51,9 +51,13 @@ def _grams(size: int, *, number: int = 3, rank: int | None = None) -> np.ndarray
     return (root @ np.swapaxes(root, 1, 2)).astype(np.float32)
 
 
+# Whole programs: operation by operation they are dozens for every size.
+_encode = jax.jit(lambda x, count: codes.encoded(packing.pack(x), count))
+certain, restored = jax.jit(state_dtypes.certain), jax.jit(state_dtypes.restored)
+
+
 def _encoded(matrices: Any, count: int | None = None) -> jax.Array:
-    number = None if count is None else jnp.int32(count)
-    return codes.encoded(packing.pack(jnp.asarray(matrices)), number)
+    return _encode(matrices, None if count is None else jnp.int32(count))
 
 
 def _literal(matrix: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
@@ -248,8 +252,8 @@ def test_noise_is_forgotten() -> None:
 @pytest.mark.parametrize("kept", [ALONE, LEAST], ids=["alone", "least"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_types_are_as_said_and_stay(name: str, kept: so.StateDtypes) -> None:
-    tx = OPTIMIZERS[name](layout=LAYOUT, state_dtypes=kept)
-    params = helpers.parameters()
+    tx = OPTIMIZERS[name](layout=so.BlockLayout(8), state_dtypes=kept)
+    params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
     state, update = tx.init(params), helpers.jit(tx.update)
     for step in range(7):
         before = state
