@@ -46,9 +46,9 @@ for name, value in {
 # Files that take longest, in their order. `make test` hands whole files to its
 # processes: one compiles what a file shares, and a long file must not be the last.
 LONGEST = """
-lean sharded view int8 parity stacks optax_suites pods minimax checkpoint examples
-reblock kill layout family flags flax_sharded migrate processes gpu_benchmark
-switch_example exponents laws parameters routing staggered roots
+int8 lean view sharded optax_suites parity checkpoint kill minimax exponents flags
+examples migrate stacks reblock pods gpu_benchmark laws layout processes family
+switch_example flax_sharded parameters routing staggered roots
 """
 RANKS = {f"test_{name}": rank for rank, name in enumerate(LONGEST.split())}
 
@@ -62,7 +62,6 @@ def pytest_collection_finish() -> None:
     """What was imported stays to the end: Python need not search it for garbage."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_unconfigure() -> None:
