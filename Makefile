@@ -23,7 +23,8 @@ digits: $(VENV)/.examples ## the same for a convolutional network, in a minute
 
 # One BLAS thread per process: with more, LAPACK on fake devices is 200 times slower.
 test: $(VENV)/.test $(VENV)/libtpu ## run the tests
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q $(ARGS)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q \
+	  --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.test ## formatting, lint, types
 	$(BIN)/ruff format --check .

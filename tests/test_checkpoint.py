@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -52,18 +53,26 @@ def _tx(layout: so.BlockLayout = LAYOUT, **options: Any) -> Any:
     )
 
 
+@functools.cache
+def _trained() -> tuple[Any, list[tuple[Any, Any]]]:
+    """An optimizer, and parameters and states after each of 4 steps."""
+    tx, params = _tx(), _params()
+    state, update, found = tx.init(params), jax.jit(tx.update), []
+    for step in range(1, 5):
+        updates, state = update(helpers.gradients(params, step), state, params)
+        params = optax.apply_updates(params, updates)
+        found.append((params, state))
+    return tx, found
+
+
 def _saved(folder: Path, steps: int = 2, extra: Any = None) -> tuple[Any, Any, Any]:
     """A run with checkpoints after its last ``steps`` steps, of 4."""
-    tx, params = _tx(), _params()
-    state = tx.init(params)
-    update = jax.jit(tx.update)
+    tx, trained = _trained()
     with checkpoint.manager(folder) as manager:
-        for step in range(1, 5):
-            updates, state = update(helpers.gradients(params, step), state, params)
-            params = optax.apply_updates(params, updates)
+        for step, (params, state) in enumerate(trained, 1):
             if step > 4 - steps:
                 checkpoint.save(manager, step, params, state, LAYOUT, extra=extra)
-    return tx, params, state
+    return tx, *trained[-1]
 
 
 def _open(folder: Path, tx: Any = None, params: Any = None, **options: Any) -> Any:

@@ -81,7 +81,7 @@ def test_a_state_carries_them_without_arrays(make: Any, wanted: Any) -> None:
     assert _powers(state.exponents) == {"4x3": wanted}
     assert not jax.tree.leaves(state.exponents)
     assert hash(jax.tree.structure(state)) == hash(jax.tree.structure(state))
-    _, new = jax.jit(make.update, donate_argnums=1)(stacks, state)
+    _, new = helpers.jit(make.update, donate_argnums=1)(stacks, state)
     assert new.exponents == state.exponents
 
 
@@ -91,7 +91,7 @@ def test_wrappers_keep_them(name: str) -> None:
     state = tx.init(params)
     assert len(_kept(state)) == 1
     assert jax.tree.all(jax.tree.map(jnp.array_equal, state, state))
-    update = jax.jit(tx.update, donate_argnums=1)
+    update = helpers.jit(tx.update, donate_argnums=1)
     kept = _kept(state)
     for step in range(3):
         _, state = update(helpers.gradients(params, step), state, params)
@@ -108,8 +108,8 @@ def test_on_meshes(mode: str) -> None:
     layout = mode.layout()
     tx = so.scale_by_shampoo(layout=layout, refresh=REFRESH, exponents=THIRD)
     where = so.state_shardings(tx, mode.like(), layout)
-    state = jax.jit(tx.init, out_shardings=where)(mode.place(mode.like()))
-    _, new = jax.jit(tx.update)(mode.place(helpers.gradients(mode.like())), state)
+    state = helpers.jit(tx.init, out_shardings=where)(mode.place(mode.like()))
+    _, new = helpers.jit(tx.update)(mode.place(helpers.gradients(mode.like())), state)
     assert _kept(new) == _kept(state) == _kept(jax.eval_shape(tx.init, mode.like()))
 
 
@@ -156,7 +156,7 @@ def test_refresh_now_goes_on_with_others(name: str) -> None:
                 fourth = np.linalg.matrix_power(was, 4)
                 scale = np.abs(fourth).max()
                 np.testing.assert_allclose(cubed, fourth, atol=2e-2 * scale)
-    jax.jit(new.update)(params, found, params)
+    helpers.jit(new.update)(params, found, params)
 
 
 def _nodes(state: Any) -> list[so.KroneckerState]:

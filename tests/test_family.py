@@ -46,7 +46,7 @@ def test_soap_moves_its_second_moment_at_every_step() -> None:
         state, nu, frozen = tx.init(like), np.zeros((4, 3)), np.zeros((4, 3))
         for t in range(1, 9):
             g = helpers.gradients(like, t)
-            _, state = jax.jit(tx.update)(g, state)
+            _, state = helpers.jit(tx.update)(g, state)
             left, right = (state.blocks.bases["4x3"][d][0] for d in "01")
             sample = (1 - b2) * np.asarray(left.T @ g @ right) ** 2
             nu = b2 * nu + sample
@@ -64,7 +64,7 @@ def _perturbed(null_space: Any, size: float) -> np.ndarray:
         so.BlockLayout(precondition_vectors=True),
     )
     like = jnp.zeros(48)
-    state, update = tx.init(like), jax.jit(tx.update)
+    state, update = tx.init(like), helpers.jit(tx.update)
     for t in range(5):
         g = helpers.gradients(like, t)
         noise = helpers.gradients(like, 100 + t)
@@ -90,7 +90,7 @@ def test_soap_is_linear_and_descends() -> None:
     with jax.enable_x64(True):
         like = {"a": jnp.zeros((6, 4)), "b": jnp.zeros((4, 5))}
         tx = _soap()
-        state, update = tx.init(like), jax.jit(tx.update)
+        state, update = tx.init(like), helpers.jit(tx.update)
         for t in range(3):
             _, state = update(helpers.gradients(like, t), state)
         raw, u, v = (helpers.gradients(like, t) for t in (10, 11, 12))
@@ -116,7 +116,7 @@ def test_orthogonal_equivariance(name: str) -> None:
         rng = np.random.default_rng(5)
         left, right = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (6, 4))
         like = jnp.zeros((6, 4))
-        states, update = [tx.init(like)] * 2, jax.jit(tx.update)
+        states, update = [tx.init(like)] * 2, helpers.jit(tx.update)
         for t in range(4):
             g = helpers.gradients(like, t)
             plain, states[0] = update(g, states[0])

@@ -113,8 +113,9 @@ def _set(flags: dict[str, Any]) -> Iterator[None]:
 
 def _check(tx: optax.GradientTransformation, dtype: Any, *, jit: bool) -> None:
     params = _parameters(dtype)
-    state = tx.init(params)
-    update = jax.jit(tx.update) if jit else tx.update
+    # Every operation of an eager `init` is compiled anew under each flag.
+    init, update = (helpers.jit(tx.init), helpers.jit(tx.update)) if jit else tx
+    state = init(params)
     for step in range(3):
         before = state
         grads = helpers.gradients(params, step)
@@ -154,7 +155,7 @@ def test_no_transfer(name: str) -> None:
     tx = (OPTIMIZERS | ALIAS)[name]()
     params = _parameters()
     grads = [helpers.gradients(params, step) for step in range(4)]
-    state, update = tx.init(params), jax.jit(tx.update)
+    state, update = tx.init(params), helpers.jit(tx.update)
     # The first call compiles, and may place constants of the program.
     _, state = update(grads[0], state, params)
     with _set({"jax_transfer_guard": "disallow"}):

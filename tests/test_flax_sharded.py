@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import shampoo_optax as so
 from shampoo_optax.layout.placement import sharding
+from tests import helpers
 
 AXES = ("fsdp", "tensor")
 STEPS = 3
@@ -95,10 +96,10 @@ def _linen(mesh: Mesh | None, unbox: bool) -> list[Updates]:
     if mesh is not None:
         placed = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs)
         where = so.state_shardings(tx, jax.eval_shape(start), layout)
-    params = jax.jit(start, out_shardings=placed)()
-    state = jax.jit(tx.init, out_shardings=where)(params)
+    params = helpers.jit(start, out_shardings=placed)()
+    state = helpers.jit(tx.init, out_shardings=where)(params)
 
-    @jax.jit
+    @helpers.jit
     def step(params: Any, state: Any, inputs: jax.Array) -> Any:
         def loss(params: Any) -> jax.Array:
             return _loss(model.apply({"params": params}, inputs), inputs)
@@ -187,9 +188,9 @@ def test_nnx_split(kind: AxisType) -> None:
     with jax.set_mesh(mesh):
         model, _, tx, where = _start(mesh)
         graphdef, params = nnx.split(model, nnx.Param)
-        state = jax.jit(tx.init, out_shardings=where)(params)
+        state = helpers.jit(tx.init, out_shardings=where)(params)
 
-        @jax.jit
+        @helpers.jit
         def step(params: nnx.State, state: Any, inputs: jax.Array) -> Any:
             def loss(params: nnx.State) -> jax.Array:
                 return _loss_of(nnx.merge(graphdef, params), inputs)

@@ -18,10 +18,10 @@ from shampoo_optax import checkpoint
 from shampoo_optax.checkpoint import abstract_view, from_param_view, to_param_view
 from shampoo_optax.linalg import codes, packing
 from shampoo_optax.linalg.rounding import GOLDEN, phases
-from shampoo_optax.transforms import _in_turn
-from shampoo_optax.transforms.state_dtypes import certain, restored, stored
+from shampoo_optax.transforms import _in_turn, state_dtypes
+from shampoo_optax.transforms.state_dtypes import stored
 from tests import helpers
-from tests.test_lean import LAYOUT, OPTIMIZERS, _failures, _leaves
+from tests.test_lean import LAYOUT, OPTIMIZERS, SHAPES, _failures, _leaves
 from tests.test_sharded import (
     BLOCK,
     EXPLICIT,
@@ -51,9 +51,13 @@ def _grams(size: int, *, number: int = 3, rank: int | None = None) -> np.ndarray
     return (root @ np.swapaxes(root, 1, 2)).astype(np.float32)
 
 
+# Whole programs: operation by operation they are dozens for every size.
+_encode = jax.jit(lambda x, count: codes.encoded(packing.pack(x), count))
+certain, restored = jax.jit(state_dtypes.certain), jax.jit(state_dtypes.restored)
+
+
 def _encoded(matrices: Any, count: int | None = None) -> jax.Array:
-    number = None if count is None else jnp.int32(count)
-    return codes.encoded(packing.pack(jnp.asarray(matrices)), number)
+    return _encode(matrices, None if count is None else jnp.int32(count))
 
 
 def _literal(matrix: np.ndarray, draws: np.ndarray | None) -> np.ndarray:
@@ -248,9 +252,9 @@ def test_noise_is_forgotten() -> None:
 @pytest.mark.parametrize("kept", [ALONE, LEAST], ids=["alone", "least"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_types_are_as_said_and_stay(name: str, kept: so.StateDtypes) -> None:
-    tx = OPTIMIZERS[name](layout=LAYOUT, state_dtypes=kept)
-    params = helpers.parameters()
-    state, update = tx.init(params), jax.jit(tx.update)
+    tx = OPTIMIZERS[name](layout=so.BlockLayout(8), state_dtypes=kept)
+    params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
+    state, update = tx.init(params), helpers.jit(tx.update)
     for step in range(7):
         before = state
         updates, state = update(helpers.gradients(params, step), state, params)
@@ -288,7 +292,7 @@ def test_a_gradient_that_is_not_finite_leaves_every_code(
     _, state = helpers.run(tx, like, 3)
     gradients = helpers.gradients(like, 9)
     gradients["w"] = gradients["w"].at[0, 0].set(bad)
-    _, new = jax.jit(tx.update)(gradients, state, like)
+    _, new = helpers.jit(tx.update)(gradients, state, like)
     paths = jax.tree_util.tree_leaves_with_path(state)
     for (path, before), after in zip(paths, jax.tree.leaves(new), strict=True):
         where = jax.tree_util.keystr(path)
@@ -305,9 +309,9 @@ def test_large_blocks_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     _, state = helpers.run(tx, like, 4)
     gradients = helpers.gradients(like, 9)
-    wanted, after = jax.jit(lambda g, s: tx.update(g, s))(gradients, state)
+    wanted, after = helpers.jit(lambda g, s: tx.update(g, s))(gradients, state)
     monkeypatch.setattr(_in_turn, "LARGE", 8)
-    found, new = jax.jit(lambda g, s: tx.update(g, s))(gradients, state)
+    found, new = helpers.jit(lambda g, s: tx.update(g, s))(gradients, state)
     assert _distance(*jax.tree.map(np.asarray, (found, wanted))) <= 5e-6
     for x, y in zip(_leaves(new, "factors"), _leaves(after, "factors"), strict=True):
         # Sums in another order, and then a code by one.
@@ -325,7 +329,8 @@ def _bitwise(alias: Any, make: Callable[[int], Mode], n: int) -> list[Any]:
     layout = mode.layout(deterministic=True)
     tx = alias(layout=layout, refresh=so.Refresh(3), state_dtypes=LEAST)
     like = mode.like()
-    return _run(tx, like, mode.place, so.state_shardings(tx, like, layout), 7)[0]
+    where = so.state_shardings(tx, like, layout)
+    return _run(tx, like, mode.place, where, 7, jax.jit)[0]
 
 
 @pytest.mark.parametrize("make", [_fsdp, _zero1])
@@ -360,10 +365,10 @@ def test_explicit_axes() -> None:
     tx = so.shampoo(1e-2, layout=layout, refresh=so.Refresh(2), state_dtypes=LEAST)
     params = mode.place(mode.like(), EXPLICIT)
     where = so.state_shardings(tx, params, layout)
-    state = jax.jit(tx.init, out_shardings=where)(params)
+    state = helpers.jit(tx.init, out_shardings=where)(params)
     for step in range(3):
         gradients = mode.place(helpers.gradients(mode.like(), step), EXPLICIT)
-        updates, new = jax.jit(tx.update)(gradients, state, params)
+        updates, new = helpers.jit(tx.update)(gradients, state, params)
         assert not helpers.type_changes(state, new)
         assert not helpers.type_changes(gradients, updates)
         state = new
@@ -413,7 +418,7 @@ def test_checkpoints_there_and_back(place: str, tmp_path: Path) -> None:
         back = checkpoint.restore(manager, like, jax.eval_shape(one.init, like), alone)
     helpers.assert_equal(back.state, state)
     gradients = mode.place(helpers.gradients(like, 3))
-    jax.jit(many.update)(gradients, there, placed)
+    helpers.jit(many.update)(gradients, there, placed)
 
 
 @pytest.mark.parametrize("kept", [so.StateDtypes(), so.StateDtypes(factors=BF16)])
@@ -457,7 +462,7 @@ def test_another_block_size(old: int, new: int, tmp_path: Path) -> None:
         for v in (view, before)
     ]
     assert total[0] == pytest.approx(total[1], rel=0.05)
-    jax.jit(wanted.update)(helpers.gradients(like, 5), found.state, like)
+    helpers.jit(wanted.update)(helpers.gradients(like, 5), found.state, like)
 
 
 def test_describe_counts_them() -> None:
@@ -477,7 +482,7 @@ def test_float64_parameters(alias: Any) -> None:
         tx = alias(layout=LAYOUT, refresh=so.Refresh(1), state_dtypes=LEAST)
         params = helpers.parameters(jnp.float64)
         state = tx.init(params)
-        updates, new = jax.jit(tx.update)(helpers.gradients(params), state, params)
+        updates, new = helpers.jit(tx.update)(helpers.gradients(params), state, params)
         assert not helpers.type_changes(state, new)
         assert not helpers.type_changes(params, updates)
 

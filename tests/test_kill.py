@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests import helpers
 from tests.resumable import EVERY
 
@@ -17,6 +19,12 @@ KILLS = int(os.environ.get("SHAMPOO_OPTAX_KILLS", "8"))
 # Changed at every kill: what one mesh saved, another opens.
 DEVICES = (8, 4, 1, 8, 2, 3, 5, 6)
 STEPS_A_LIFE, PAUSE = 12, 0.02
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Programs of the killed, apart: one may be killed while it writes."""
+    return tmp_path_factory.mktemp("cache")
 
 
 def _start(
@@ -45,14 +53,14 @@ def _ends(run: subprocess.Popen) -> tuple[int, list[str]]:
     return int(lines[0].split()[1]), lines[-1].split()[1:]
 
 
-def test_kill_and_resume_is_bitwise(tmp_path: Path) -> None:
+def test_kill_and_resume_is_bitwise(tmp_path: Path, cache: Path) -> None:
     steps = KILLS * STEPS_A_LIFE
     chance = random.Random(0)
-    _, wanted = _ends(_start(tmp_path / "straight", steps, 8, tmp_path / "cache"))
+    _, wanted = _ends(_start(tmp_path / "straight", steps, 8, cache))
     done, killed = 0, 0
     for life in range(KILLS):
         folder, devices = tmp_path / "killed", DEVICES[life % len(DEVICES)]
-        run = _start(folder, steps, devices, tmp_path / "cache")
+        run = _start(folder, steps, devices, cache)
         assert run.stdout is not None
         first = int(run.stdout.readline().split()[1])
         # Behind by what was under way: a save that had not ended, and the steps since.
@@ -68,19 +76,21 @@ def test_kill_and_resume_is_bitwise(tmp_path: Path) -> None:
         run.communicate()
         killed += run.returncode == -9
     assert killed == KILLS
-    first, found = _ends(_start(tmp_path / "killed", steps, 8, tmp_path / "cache"))
+    first, found = _ends(_start(tmp_path / "killed", steps, 8, cache))
     assert first > 0
     assert found == wanted
     helpers.record("kill", f"{killed} of {KILLS} bitwise")
 
 
-def test_a_save_that_is_waited_for_loses_one_interval_at_most(tmp_path: Path) -> None:
+def test_a_save_that_is_waited_for_loses_one_interval_at_most(
+    tmp_path: Path, cache: Path
+) -> None:
     """However short the interval is: without the wait, one under way is lost, too."""
     kills, chance = max(3, KILLS // 5), random.Random(1)
     done, lost = 0, []
     for life in range(kills + 1):
         devices = DEVICES[life % len(DEVICES)]
-        run = _start(tmp_path / "killed", 10_000, devices, tmp_path / "cache", "wait")
+        run = _start(tmp_path / "killed", 10_000, devices, cache, "wait")
         assert run.stdout is not None
         first = int(run.stdout.readline().split()[1])
         lost.append(done - first)

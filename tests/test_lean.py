@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -192,19 +193,33 @@ def _kinds(state: Any) -> dict[str, set[str]]:
     return found
 
 
+# Even and odd sides, and what is not blocked.
+SHAPES = {"b": (3,), "odd": (12, 5), "w": (8, 8), "whole": ()}
+
+
+@functools.cache
+def _steps(name: str, kind: str) -> tuple[list[Any], list[Any], Any]:
+    """Updates and states of 16 steps, and what made them, for all who ask for them."""
+    tx = OPTIMIZERS[name](layout=so.BlockLayout(8), state_dtypes=KINDS[kind])
+    params = {name: jnp.zeros(shape) for name, shape in SHAPES.items()}
+    history, states, update = [], [tx.init(params)], helpers.jit(tx.update)
+    for step in range(16):
+        updates, state = update(helpers.gradients(params, step), states[-1], params)
+        history.append(updates)
+        states.append(state)
+    return history, states, update
+
+
 @pytest.mark.parametrize("kind", ["packed", "leanest"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_types_are_as_said_and_stay(name: str, kind: str) -> None:
-    tx = OPTIMIZERS[name](layout=LAYOUT, state_dtypes=KINDS[kind])
-    params = helpers.parameters()
-    state, update = tx.init(params), jax.jit(tx.update)
-    for step in range(7):
-        before = state
-        updates, state = update(helpers.gradients(params, step), state, params)
-        assert not helpers.type_changes(before, state)
-        for leaf in jax.tree.leaves(updates):
-            assert leaf.dtype == F32 and bool(jnp.isfinite(leaf).all())
+    history, states, update = _steps(name, kind)
+    for before, after in itertools.pairwise(states):
+        assert not helpers.type_changes(before, after)
+    for leaf in jax.tree.leaves(history):
+        assert leaf.dtype == F32 and bool(np.isfinite(leaf).all())
     assert update._cache_size() == 1
+    state = states[-1]
     assert all(leaf.size for leaf in jax.tree.leaves(state))
     found = _kinds(state)
     averaged = {"bfloat16" if kind == "leanest" else "float32"}
@@ -216,7 +231,7 @@ def test_types_are_as_said_and_stay(name: str, kind: str) -> None:
         side = leaf.shape[1] - 1
         assert leaf.shape[1:] == packing.packed_shape(side)
     if name in ("shampoo", "soap"):
-        assert not helpers.type_changes(tx.init(params), state)
+        assert not helpers.type_changes(states[0], state)
 
 
 def _leaves(state: Any, field: str) -> list[jax.Array]:
@@ -229,13 +244,6 @@ def _leaves(state: Any, field: str) -> list[jax.Array]:
 
 def _failures(state: Any) -> list[jax.Array]:
     return _leaves(state, "failures")
-
-
-@functools.cache
-def _updates(name: str, kind: str, steps: int) -> list[Any]:
-    params = {"w": jnp.zeros((8, 8)), "odd": jnp.zeros((12, 5)), "b": jnp.zeros(3)}
-    tx = OPTIMIZERS[name](layout=so.BlockLayout(8), state_dtypes=KINDS[kind])
-    return helpers.run(tx, params, steps)[0]
 
 
 def _one_more(alias: Any, kept: so.StateDtypes) -> Any:
@@ -292,7 +300,7 @@ def _cosine(found: dict[str, Any], wanted: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize("name", ["shampoo", "kl", "soap"])
 def test_packing_changes_nothing_but_rounding(name: str) -> None:
-    pairs = zip(_updates(name, "packed", 16), _updates(name, "plain", 16), strict=True)
+    pairs = zip(_steps(name, "packed")[0], _steps(name, "plain")[0], strict=True)
     for step, (found, wanted) in enumerate(pairs):
         assert _distance(*jax.tree.map(np.asarray, (found, wanted))) <= 5e-6, step
 
@@ -304,7 +312,7 @@ NEAR = {"lean": 0.9999, "leanest": 0.999}
 @pytest.mark.parametrize("kind", NEAR)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_directions_stay(name: str, kind: str) -> None:
-    pairs = zip(_updates(name, kind, 16), _updates(name, "plain", 16), strict=True)
+    pairs = zip(_steps(name, kind)[0], _steps(name, "plain")[0], strict=True)
     for step, (found, wanted) in enumerate(pairs):
         assert _cosine(found, wanted) >= NEAR[kind], step
 
@@ -350,7 +358,8 @@ def _bitwise(alias: Any, make: Callable[[int], Mode], n: int) -> list[Any]:
     layout = mode.layout(deterministic=True)
     tx = alias(layout=layout, refresh=so.Refresh(3), state_dtypes=LEANEST)
     like = mode.like()
-    return _run(tx, like, mode.place, so.state_shardings(tx, like, layout), 7)[0]
+    where = so.state_shardings(tx, like, layout)
+    return _run(tx, like, mode.place, where, 7, jax.jit)[0]
 
 
 @pytest.mark.parametrize("make", [_fsdp, _zero1])
@@ -384,10 +393,10 @@ def test_explicit_axes() -> None:
     tx = so.shampoo(1e-2, layout=layout, refresh=so.Refresh(2), state_dtypes=LEANEST)
     params = mode.place(mode.like(), EXPLICIT)
     where = so.state_shardings(tx, params, layout)
-    state = jax.jit(tx.init, out_shardings=where)(params)
+    state = helpers.jit(tx.init, out_shardings=where)(params)
     for step in range(3):
         gradients = mode.place(helpers.gradients(mode.like(), step), EXPLICIT)
-        updates, new = jax.jit(tx.update)(gradients, state, params)
+        updates, new = helpers.jit(tx.update)(gradients, state, params)
         assert not helpers.type_changes(state, new)
         assert not helpers.type_changes(gradients, updates)
         state = new
@@ -430,7 +439,7 @@ def test_float64_parameters(alias: Any, dtype: Any) -> None:
         tx = alias(layout=LAYOUT, refresh=so.Refresh(1), state_dtypes=kept)
         params = helpers.parameters(jnp.float64)
         state = tx.init(params)
-        updates, new = jax.jit(tx.update)(helpers.gradients(params), state, params)
+        updates, new = helpers.jit(tx.update)(helpers.gradients(params), state, params)
         assert not helpers.type_changes(state, new)
         assert not helpers.type_changes(params, updates)
 
@@ -446,7 +455,7 @@ def test_a_running_adam_goes_on_lean(alias: Any, kept: so.StateDtypes) -> None:
     gradients = [helpers.gradients(params, step) for step in range(2)]
     state = so.warm_up(tx, state, params, gradients)
     assert not helpers.type_changes(fresh, state)
-    updates, _ = tx.update(gradients[0], state, params)
+    updates, _ = helpers.jit(tx.update)(gradients[0], state, params)
     assert all(bool(jnp.isfinite(u).all()) for u in jax.tree.leaves(updates))
 
 

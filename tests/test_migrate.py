@@ -58,7 +58,7 @@ def follow(
     tx: optax.GradientTransformation, state: Any, steps: int = STEPS, **options: Any
 ) -> list[Any]:
     """The updates of later gradients; the parameters stand still, or decay differs."""
-    update, like, history = jax.jit(tx.update), params(), []
+    update, like, history = helpers.jit(tx.update), params(), []
     for step in range(steps):
         gradient = helpers.gradients(like, 1000 + step, **options)
         updates, state = update(gradient, state, like)
@@ -242,7 +242,7 @@ def test_both_states_can_be_donated() -> None:
     tx = shampoo(graft_scope="array")
     new = from_adam(state, tx, like, LAYOUT)
     kept = jax.tree.map(np.asarray, state)
-    jax.jit(tx.update, donate_argnums=1)(like, new, like)
+    helpers.jit(tx.update, donate_argnums=1)(like, new, like)
     helpers.assert_equal(jax.tree.map(np.asarray, state), kept)
 
 
@@ -316,11 +316,11 @@ def test_sharded_is_unsharded(alias: Any, spec: P) -> None:
                 helpers.gradients(like, step),
                 jax.tree.map(lambda x: x.sharding, params),
             )
-            _, state = jax.jit(adamw().update)(gradient, state, params)
+            _, state = helpers.jit(adamw().update)(gradient, state, params)
         tx = alias(0.1, layout=layout, **options)
         new = from_adam(state, tx, params, layout)
-        updates, after = jax.jit(tx.update)(gradient, new, params)
-        assert jax.jit(tx.update)(gradient, after, params)
+        updates, after = helpers.jit(tx.update)(gradient, new, params)
+        assert helpers.jit(tx.update)(gradient, after, params)
         results.append(jax.tree.map(np.asarray, updates))
         if layout.mesh is not None:
             its = so.state_shardings(tx, params, layout)

@@ -196,7 +196,7 @@ def _placed(dtype: Any, mesh: Any, step: int) -> dict[str, jax.Array]:
 
 def _steps(tx: Any, mesh: Any, dtype: Any, *, jit: bool) -> tuple[list[Any], Any]:
     """The states from init on, and the last updates."""
-    init, update = (jax.jit(tx.init), jax.jit(tx.update)) if jit else tx
+    init, update = (helpers.jit(tx.init), helpers.jit(tx.update)) if jit else tx
     params, grads = _placed(dtype, mesh, 1), _placed(dtype, mesh, 2)
     states = [init(params)]
     # It waits for each operation: on a busy machine many in flight, with their

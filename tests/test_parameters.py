@@ -62,7 +62,7 @@ def test_parameters_that_changed_since_init(
 ) -> None:
     tx = so.shampoo(1e-3)
     state = tx.init(BEFORE)
-    update = jax.jit(tx.update) if jit else tx.update
+    update = helpers.jit(tx.update) if jit else tx.update
     with pytest.raises(ValueError) as caught:
         update(now, state, now)
     for word in ["blockwise.update", "init", *words]:
@@ -102,7 +102,7 @@ INSIDE: dict[str, tuple[Any, bool]] = {
 @pytest.mark.parametrize(("inner", "knows"), INSIDE.values(), ids=INSIDE)
 def test_any_transformation_inside(inner: Any, knows: bool) -> None:
     tx = so.blockwise(inner, rest=inner)
-    state, update = tx.init(BEFORE), jax.jit(tx.update)
+    state, update = tx.init(BEFORE), helpers.jit(tx.update)
     for _ in range(2):
         updates, state = update(BEFORE, state, BEFORE)
         assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, BEFORE)
@@ -215,7 +215,7 @@ WORKS = {
 
 
 def _check_works(params: Any, tx: Any, *, jit: bool) -> None:
-    init, update = (jax.jit(tx.init), jax.jit(tx.update)) if jit else tx
+    init, update = (helpers.jit(tx.init), helpers.jit(tx.update)) if jit else tx
     state = init(params)
     for step in range(2):
         updates, state = update(helpers.gradients(params, step), state, params)

@@ -64,7 +64,7 @@ def test_copies_gather_among_themselves_alone() -> None:
 
 def test_growth_with_layers() -> None:
     """A scanned model's program does not grow; an array adds few instructions."""
-    few, many = _compiled(layers=8), _compiled(layers=32)
+    few, many = (_compiled(layers=n, shrink=32, block=32) for n in (8, 32))
     assert many["pools"] == few["pools"]
     assert many["instructions"] <= 1.1 * few["instructions"]
     assert many["stablehlo_kB"] <= 1.1 * few["stablehlo_kB"]

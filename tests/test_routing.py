@@ -127,7 +127,7 @@ def test_factors_measured_every_third_step() -> None:
         so.kronecker(0.9, refresh=so.Refresh(8, 8, statistics_frequency=3))
     )
     often = so.blockwise(so.kronecker(0.9, refresh=so.Refresh(3, 3)))
-    state, other, update = rare.init(like), often.init(like), jax.jit(rare.update)
+    state, other, update = rare.init(like), often.init(like), helpers.jit(rare.update)
     for t in range(1, 9):
         found, state = update(helpers.gradients(like, t), state)
         if t in (1, 4, 7):

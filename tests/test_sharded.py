@@ -139,10 +139,10 @@ def test_blocks_filled_with_zeros(alias: Any) -> None:
     plain = MERGED.layout(merge_stacks=False)
     stacks = [len(_stacks(alias(layout=x).init(like))) for x in (layout, plain)]
     assert stacks == [2, 4]
-    alone = _run(alias(layout=so.BlockLayout(BLOCK), refresh=LATE), like)[0]
+    wanted = _one_device(alias, MERGED, LATE)
     for ours in (layout, plain):
         found = _run(alias(layout=ours, refresh=LATE), like, MERGED.place)[0]
-        for step, (x, one) in enumerate(zip(found, alone, strict=True)):
+        for step, (x, one) in enumerate(zip(found, wanted, strict=True)):
             assert _distance(x, one) <= 5e-6, step
 
 
@@ -178,14 +178,26 @@ def _run(
     place: Callable[[Tree], Tree] = lambda tree: tree,
     where: Any = None,
     steps: int = STEPS,
+    jit: Callable[..., Any] = helpers.jit,
 ) -> tuple[list[dict[str, np.ndarray]], Any, Any]:
     params = place(like)
-    state = jax.jit(tx.init, out_shardings=where)(params)
-    update, history = jax.jit(tx.update), []
+    state = jit(tx.init, out_shardings=where)(params)
+    update, history = jit(tx.update), []
     for step in range(steps):
         updates, state = update(place(helpers.gradients(like, step)), state, params)
         history.append(jax.tree.map(np.asarray, updates))
     return history, state, update
+
+
+@functools.cache
+def _alone(alias: Any, shapes: tuple[Any, ...], refresh: so.Refresh) -> Any:
+    """The updates of one device; meshes of other kinds share them."""
+    like = {name: jnp.zeros(shape) for name, shape in shapes}
+    return _run(alias(layout=so.BlockLayout(BLOCK), refresh=refresh), like)[0]
+
+
+def _one_device(alias: Any, mode: Mode, refresh: so.Refresh = REFRESH) -> Any:
+    return _alone(alias, tuple(mode.shapes.items()), refresh)
 
 
 def _distance(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> float:
@@ -200,7 +212,7 @@ def _distance(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> fl
 @pytest.mark.parametrize("alias", ALIASES.values(), ids=ALIASES)
 def test_many_devices_are_one(alias: Any, mode: Mode) -> None:
     like = mode.like()
-    wanted, _, _ = _run(alias(layout=so.BlockLayout(BLOCK), refresh=REFRESH), like)
+    wanted = _one_device(alias, mode)
     layout = mode.layout()
     tx = alias(layout=layout, refresh=REFRESH)
     where = so.state_shardings(tx, like, layout)
@@ -217,19 +229,15 @@ def test_explicit_axes(mode: str) -> None:
     """Specs come from the types of the arrays, and types stay what they were."""
     chosen = MODES[mode.replace("_", "")]
     like = chosen.like()
-    wanted, _, _ = _run(
-        so.scale_by_shampoo(layout=so.BlockLayout(BLOCK), refresh=REFRESH),
-        like,
-        steps=6,
-    )
+    wanted = _one_device(so.scale_by_shampoo, chosen)
     layout = so.BlockLayout(
         BLOCK, mesh=chosen.mesh(EXPLICIT), block_axes=chosen.block_axes
     )
     tx = so.scale_by_shampoo(layout=layout, refresh=REFRESH)
     params = chosen.place(like, EXPLICIT)
     where = so.state_shardings(tx, params, layout)
-    update = jax.jit(tx.update)
-    state = jax.jit(tx.init, out_shardings=where)(params)
+    update = helpers.jit(tx.update)
+    state = helpers.jit(tx.init, out_shardings=where)(params)
     for step in range(6):
         gradients = chosen.place(helpers.gradients(like, step), EXPLICIT)
         updates, new = update(gradients, state, params)
@@ -247,7 +255,8 @@ def _bitwise(alias: Any, make: Callable[[int], Mode], n: int) -> list[Any]:
     layout = mode.layout(deterministic=True)
     tx = alias(layout=layout, refresh=so.Refresh(3))
     like = mode.like()
-    return _run(tx, like, mode.place, so.state_shardings(tx, like, layout), 7)[0]
+    where = so.state_shardings(tx, like, layout)
+    return _run(tx, like, mode.place, where, 7, jax.jit)[0]
 
 
 @pytest.mark.parametrize("make", [_fsdp, _zero1])
@@ -422,14 +431,13 @@ def test_shardings_of_any_chain(wrap: Any, kind: AxisType) -> None:
     tx = wrap(so.shampoo(1e-2, layout=layout, refresh=so.Refresh(2), momentum=0.9))
     params = mode.place(mode.like(), kind)
     where = so.state_shardings(tx, params, layout)
-    state = jax.jit(tx.init, out_shardings=where)(params)
+    state = helpers.jit(tx.init, out_shardings=where)(params)
 
-    @jax.jit
     def step(params: Tree, state: Any, gradients: Tree) -> tuple[Tree, Any]:
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state
 
-    step = jax.jit(step, donate_argnums=(0, 1))
+    step = helpers.jit(step, donate_argnums=(0, 1))
     for i in range(5):
         gradients = mode.place(helpers.gradients(mode.like(), i), kind)
         params, state = step(params, state, gradients)

@@ -22,7 +22,7 @@ PARTS = {
 def _changes(make: Any, what: str, refresh: so.Refresh, steps: int) -> list[list[int]]:
     """Which of all matrices changed at each step, by a number of its own."""
     tx = so.blockwise(make(refresh), so.BlockLayout(4))
-    state, update, found = tx.init(LIKE), jax.jit(tx.update), []
+    state, update, found = tx.init(LIKE), helpers.jit(tx.update), []
     for step in range(1, steps + 1):
         _, new = update(helpers.gradients(LIKE, step), state)
         pairs = zip(
@@ -71,7 +71,7 @@ def test_a_share_is_solved_from_the_factors_of_its_step() -> None:
     """Each new root is the root of the factor as it is then."""
     refresh = so.Refresh(4, 1, staggered=True)
     tx = so.blockwise(so.kronecker(0.9, refresh=refresh), so.BlockLayout(4))
-    state, update = tx.init(LIKE), jax.jit(tx.update)
+    state, update = tx.init(LIKE), helpers.jit(tx.update)
     for step in range(1, 8):
         _, new = update(helpers.gradients(LIKE, step), state)
         correction = 1 - 0.9**step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 from typing import Any
 
@@ -80,7 +81,7 @@ def _layout(name: str) -> so.BlockLayout:
 @pytest.mark.parametrize("name", WRAPPED)
 def test_there_and_back(name: str) -> None:
     tx, params, layout = WRAPPED[name](), _params(), _layout(name)
-    _, state = helpers.run(tx, params, 3, jit=False)
+    _, state = helpers.run(tx, params, 3, eager=True)
     view = to_param_view(state, params, layout)
     like = jax.eval_shape(tx.init, params)
     wanted = abstract_view(like, params, layout)
@@ -119,9 +120,9 @@ def test_blocks_are_the_parameters_own(mode: Any) -> None:
     layout = mode.layout()
     tx = so.blockwise(so.grafting.adagrad(), layout)
     where = so.state_shardings(tx, like, layout)
-    state = jax.jit(tx.init, out_shardings=where)(like)
+    state = helpers.jit(tx.init, out_shardings=where)(like)
     gradients = helpers.gradients(like)
-    _, state = jax.jit(tx.update)(mode.place(gradients), state)
+    _, state = helpers.jit(tx.update)(mode.place(gradients), state)
     view = to_param_view(state, like, layout)["parameters"]
     for name, gradient in gradients.items():
         wanted = _folded_blocks(np.asarray(gradient) ** 2, BLOCK)
@@ -137,17 +138,28 @@ PLACES += [("lean", name) for name in ("fsdp3", "merged")]
 PLACES += [("soap", name) for name in ("fsdp8", "zero13", "hsdp", "tensor", "conv")]
 
 
+OPTIONS = {"refresh": so.Refresh(5, 5), "b2": 0.9}
+
+
+@functools.cache
+def _alone(alias: str, shapes: tuple[Any, ...]) -> tuple[Any, Any]:
+    """One device's state after five steps, and its next updates."""
+    like, layout = {n: jnp.zeros(shape) for n, shape in shapes}, so.BlockLayout(BLOCK)
+    tx = ALIASES[alias](layout=layout, **OPTIONS)
+    state, update = tx.init(like), helpers.jit(tx.update)
+    for step in range(5):
+        _, state = update(helpers.gradients(like, step), state, like)
+    wanted, _ = update(helpers.gradients(like, 77), state, like)
+    return to_param_view(state, like, layout), wanted
+
+
 @pytest.mark.parametrize(("alias", "mode"), PLACES)
 def test_opens_on_any_mesh(alias: Any, mode: Any) -> None:
     """One device's state goes on on many as it would have on one, and comes back."""
-    alias, mode = ALIASES[alias], {**MODES, "merged": MERGED}[mode]
-    like, alone = mode.like(), so.BlockLayout(BLOCK)
-    options = {"refresh": so.Refresh(5, 5), "b2": 0.9}
-    one = alias(layout=alone, **options)
-    _, state = helpers.run(one, like, 5)
-    view = to_param_view(state, like, alone)
-    layout = mode.layout()
-    many = alias(layout=layout, **options)
+    mode = {**MODES, "merged": MERGED}[mode]
+    view, wanted = _alone(alias, tuple(mode.shapes.items()))
+    like, layout = mode.like(), mode.layout()
+    many = ALIASES[alias](layout=layout, **OPTIONS)
     placed = mode.place(like)
     abstract = jax.eval_shape(many.init, placed)
     opened = from_param_view(view, abstract, placed, layout)
@@ -159,9 +171,8 @@ def test_opens_on_any_mesh(alias: Any, mode: Any) -> None:
         jax.tree.map(np.asarray, again), jax.tree.map(np.asarray, view)
     )
     _same_through_the_host(opened, view, placed, layout)
-    gradients = helpers.gradients(like, 77)
-    wanted, _ = jax.jit(one.update)(gradients, state, like)
-    found, _ = jax.jit(many.update)(mode.place(gradients), opened, placed)
+    gradients = mode.place(helpers.gradients(like, 77))
+    found, _ = helpers.jit(many.update)(gradients, opened, placed)
     worst = 0.0
     for name, update in wanted.items():
         scale = max(float(jnp.abs(update).max()), 1e-30)
@@ -213,17 +224,17 @@ def test_explicit_axes(name: str) -> None:
     params = mode.place(mode.like(), EXPLICIT)
     tx = so.scale_by_shampoo(layout=layout, refresh=so.Refresh(2))
     where = so.state_shardings(tx, params, layout)
-    state = jax.jit(tx.init, out_shardings=where)(params)
+    state = helpers.jit(tx.init, out_shardings=where)(params)
     for step in range(2):
         gradients = mode.place(helpers.gradients(mode.like(), step), EXPLICIT)
-        _, state = jax.jit(tx.update)(gradients, state, params)
+        _, state = helpers.jit(tx.update)(gradients, state, params)
     view = to_param_view(state, params, layout)
     opened = from_param_view(view, jax.eval_shape(tx.init, params), params, layout)
     assert not helpers.type_changes(state, opened)
     # What fills a block up to its stack's shape is not saved, and moves nothing.
     views = view, to_param_view(opened, params, layout)
     helpers.assert_equal(*(jax.tree.map(np.asarray, v) for v in views))
-    pairs = [jax.jit(tx.update)(gradients, s, params)[0] for s in (state, opened)]
+    pairs = [helpers.jit(tx.update)(gradients, s, params)[0] for s in (state, opened)]
     helpers.assert_equal(*(jax.tree.map(np.asarray, p) for p in pairs))
 
 
@@ -232,7 +243,7 @@ def test_no_device_holds_more_than_its_share() -> None:
     layout = mode.layout()
     tx = so.scale_by_shampoo(layout=layout)
     where = so.state_shardings(tx, mode.like(), layout)
-    state = jax.jit(tx.init, out_shardings=where)(mode.place(mode.like()))
+    state = helpers.jit(tx.init, out_shardings=where)(mode.place(mode.like()))
     view = to_param_view(state, mode.place(mode.like()), layout)
     slots = view["parameters"]["rows"]["8x8"]
     for slot in ("blocks/inner/direction/factors/0", "blocks/mu"):

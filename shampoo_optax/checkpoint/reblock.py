@@ -33,6 +33,8 @@ from shampoo_optax.layout.owners import held
 from shampoo_optax.linalg import codes, packing
 
 FACTORS, ROOTS, FAILURES = "factors", "roots", "failures"
+# Compiled whole: operation by operation they are dozens of programs for every shape.
+PACK, UNPACK = jax.jit(packing.pack), jax.jit(packing.unpack)
 Slots = Mapping[str, Any]  # of one parameter and block shape
 Blocks = Mapping[str, Slots]  # of one parameter, by block shape
 
@@ -131,7 +133,7 @@ def _squared(blocks: Blocks) -> dict[str, Any]:
     def square(_: str, array: Any) -> Any:
         if codes.is_coded(array):
             return codes.certain(array)
-        return packing.unpack(array) if packing.is_packed(array) else array
+        return UNPACK(array) if packing.is_packed(array) else array
 
     return _mapped(blocks, square)
 
@@ -148,8 +150,8 @@ def _packed_as(like: Blocks, blocks: Blocks) -> dict[str, Any]:
     def again(slot: str, array: Any) -> Any:
         was = kept[slot.rsplit("/", 1)[0]]
         if codes.is_coded(was):
-            return codes.encoded(packing.pack(array))
-        return packing.pack(array) if packing.is_packed(was) else array
+            return codes.encoded(PACK(array))
+        return PACK(array) if packing.is_packed(was) else array
 
     return _mapped(blocks, again)
 
