@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from shampoo_optax import _checks
@@ -114,7 +115,9 @@ class Statistics:
     ) -> dict[str, jax.Array]:
         # The sum of squares is the trace of every Gram matrix of a block: one pass
         # over the gradient finds each NaN, Inf and overflow before it reaches a factor.
-        finite = jnp.isfinite(block_squares(gradients, batch_axes=1)).reshape(-1, 1, 1)
+        # Of the stack as it lies there: XLA would put it together again to square it.
+        whole = lax.optimization_barrier(gradients)
+        finite = jnp.isfinite(block_squares(whole, batch_axes=1)).reshape(-1, 1, 1)
         new = {}
         for dim, factor in factors.items():
             others = {o: r for o, r in roots.items() if o != dim}
