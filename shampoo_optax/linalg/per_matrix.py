@@ -13,9 +13,9 @@ import jax.numpy as jnp
 # On two cores, roots of 256 to 1024 take 0.6 of the time two by two; three or four at
 # once, 0.7 to 0.9 (docs/log.md).
 TOGETHER = 2
-# With smaller ones XLA does not run a loop's calls beside each other (128: no gain); nor
-# in a loop of eight operations or fewer, as where a pair's results became one array: a
-# bare decomposition then took twice the time.
+# With smaller ones XLA does not run a loop's calls beside each other (128: no gain);
+# nor in a loop of eight operations or fewer, as where a pair's results became one array:
+# a bare decomposition then took twice the time.
 LARGE = 256
 
 
