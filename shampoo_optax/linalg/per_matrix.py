@@ -14,8 +14,8 @@ import jax.numpy as jnp
 # once, 0.7 to 0.9 (docs/log.md).
 TOGETHER = 2
 # With smaller ones XLA does not run a loop's calls beside each other (128: no gain);
-# nor in a loop of eight operations or fewer, as where a pair's results became one array:
-# a bare decomposition then took twice the time.
+# nor in a loop of eight operations or fewer, as where a pair's results became one
+# array: a bare decomposition then took twice the time.
 LARGE = 256
 
 
