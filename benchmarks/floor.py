@@ -112,7 +112,9 @@ def decompose(batch: jax.Array, p: float) -> Any:
 
     def one(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
         w, v = jnp.linalg.eigh(matrix, symmetrize_input=False)
-        return w, v[..., 0, :]  # all are computed; of the vectors, a row is kept
+        # All are computed; of the vectors two rows are kept, for XLA runs the calls of
+        # a loop of eight operations or fewer one by one, and a refresh has more.
+        return w, v[..., 0, :], v[..., -1, :]
 
     with jax.enable_x64(True):
         return per_matrix_on_cpu(one, batch.astype(jnp.float64))

@@ -13,9 +13,7 @@ import jax.numpy as jnp
 # On two cores, roots of 256 to 1024 take 0.6 of the time two by two; three or four at
 # once, 0.7 to 0.9 (docs/log.md).
 TOGETHER = 2
-# With smaller ones XLA does not run a loop's calls beside each other (128: no gain);
-# nor in a loop of eight operations or fewer, as where a pair's results became one
-# array: a bare decomposition then took twice the time.
+# With smaller ones XLA does not run a loop's calls beside each other (128: no gain).
 LARGE = 256
 
 
@@ -60,19 +58,17 @@ def in_turn(function: Callable[..., Any], *stacks: jax.Array) -> Any:
         return jax.lax.map(lambda xs: function(*xs), stacks)
     even = pairs * TOGETHER
 
-    def both(xs: list[jax.Array]) -> list[Any]:
-        return [function(*(x[i] for x in xs)) for i in range(TOGETHER)]
+    def both(xs: list[jax.Array]) -> Any:
+        found = [function(*(x[i] for x in xs)) for i in range(TOGETHER)]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *found)
 
     first = [x[:even].reshape(pairs, TOGETHER, *x.shape[1:]) for x in stacks]
     found = jax.lax.map(both, first)
-    last = [function(*(x[-1] for x in stacks))] if even < number else []
-
-    def whole(*parts: jax.Array) -> jax.Array:
-        paired = jnp.stack(parts[:TOGETHER], 1)
-        paired = paired.reshape(even, *paired.shape[2:])
-        return jnp.concatenate([paired, *(x[None] for x in parts[TOGETHER:])])
-
-    return jax.tree.map(whole, *found, *last)
+    found = jax.tree.map(lambda x: x.reshape(even, *x.shape[2:]), found)
+    if even == number:
+        return found
+    last = function(*(x[-1] for x in stacks))
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y[None]]), found, last)
 
 
 def _lapack_has_one_thread() -> bool:
