@@ -107,7 +107,7 @@ def test_the_floor_of_a_refresh_decomposes_its_factors() -> None:
     assert sum(parts.values()) == pytest.approx(1e3)
     assert found["refresh_over_eigh_cpu"] == pytest.approx(1e3 / parts["eigh"])
     matrices = jnp.stack([jnp.diag(jnp.arange(1.0, 5)), 2 * jnp.eye(4)])
-    values, _ = floor.decompose(matrices, 4.0)
+    values, *_ = floor.decompose(matrices, 4.0)
     assert values.dtype == "float64"
     np.testing.assert_allclose(values, [[1, 2, 3, 4], [2, 2, 2, 2]])
 
