@@ -31,7 +31,7 @@ lint: $(VENV)/.test ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# In about half an hour, into benchmarks/results/<platform>; ARGS="--only step" and others:
+# In about forty minutes, into benchmarks/results/<platform>; ARGS="--only step" and others:
 # see ARGS=--help. PyTorch's optimizers join where they can be imported, from .venv or from
 # another interpreter: TORCH_PYTHON=path/to/python.
 bench: $(VENV)/.bench ## measure roots, step, compile, memory, convergence beside the peers

@@ -110,7 +110,7 @@ def decompose(batch: jax.Array, p: float) -> Any:
     """The float64 ``eigh`` of every matrix, as a refresh calls it, and nothing else."""
     del p
 
-    def one(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def one(matrix: jax.Array) -> tuple[jax.Array, ...]:
         w, v = jnp.linalg.eigh(matrix, symmetrize_input=False)
         # All are computed; of the vectors two rows are kept, for XLA runs the calls of
         # a loop of eight operations or fewer one by one, and a refresh has more.

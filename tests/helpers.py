@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,18 @@ def known(options: dict[str, Any]) -> dict[str, Any]:
 jit = functools.partial(
     jax.jit, compiler_options=known({"xla_cpu_use_fusion_emitters": False})
 )
+
+
+def exact_roots(size: int, p: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Float32 matrices of nine decades and of two clusters, and their p-th roots."""
+    rng = np.random.default_rng(p)
+    q, _ = np.linalg.qr(rng.normal(size=(size, size)))
+    spectra = 10 ** rng.uniform(-9, 0, size), np.repeat([1.0, 1e-7], size // 2)
+    for values in spectra:
+        matrix = ((q * values) @ q.T).astype(np.float32)
+        matrix = 0.5 * (matrix + matrix.T)
+        w, v = np.linalg.eigh(matrix.astype(np.float64))
+        yield matrix, (v * (w + 1e-6 * w[-1]) ** (-1 / p)) @ v.T
 
 
 def record(name: str, result: str) -> None:

@@ -16,6 +16,7 @@ from benchmarks.fused import Fused, _place, fused
 from shampoo_optax.linalg import roots
 from shampoo_optax.linalg.minimax import _double, _solve
 from shampoo_optax.linalg.precisions import arithmetic
+from tests import helpers
 
 OURS = fused(tile=16, depth=8, interpret=True)
 
@@ -65,13 +66,7 @@ def test_every_tile_on_and_above_the_diagonal_once() -> None:
 
 @pytest.mark.parametrize("p", [2, 4, 8])
 def test_roots(p: int) -> None:
-    rng = np.random.default_rng(p)
-    q, _ = np.linalg.qr(rng.normal(size=(64, 64)))
-    for values in (10 ** rng.uniform(-9, 0, 64), np.repeat([1.0, 1e-7], 32)):
-        matrix = ((q * values) @ q.T).astype(np.float32)
-        matrix = 0.5 * (matrix + matrix.T)
-        w, v = np.linalg.eigh(matrix.astype(np.float64))
-        exact = (v * (w + 1e-6 * w[-1]) ** (-1 / p)) @ v.T
+    for matrix, exact in helpers.exact_roots(64, p):
         errors = []
         for products in (OURS, arithmetic("fp16x3")):
             solve = partial(

@@ -12,6 +12,7 @@ import pytest
 import shampoo_optax as so
 from shampoo_optax.linalg import modes, precisions
 from shampoo_optax.linalg.minimax import Minimax, _double, _residual, _solve
+from tests import helpers
 
 FEWER = [name for name in precisions.PRECISIONS if name != "highest"]
 
@@ -46,13 +47,7 @@ def test_parts_of_float16_keep_what_float32_does() -> None:
 @pytest.mark.parametrize("p", [2, 4, 8])
 def test_roots_of_float16_parts(p: int) -> None:
     """What a GPU runs, but for how its units add."""
-    rng = np.random.default_rng(p)
-    q, _ = np.linalg.qr(rng.normal(size=(96, 96)))
-    for values in (10 ** rng.uniform(-9, 0, 96), np.repeat([1.0, 1e-7], 48)):
-        matrix = ((q * values) @ q.T).astype(np.float32)
-        matrix = 0.5 * (matrix + matrix.T)
-        w, v = np.linalg.eigh(matrix.astype(np.float64))
-        exact = (v * (w + 1e-6 * w[-1]) ** (-1 / p)) @ v.T
+    for matrix, exact in helpers.exact_roots(96, p):
         found = _solve(
             jnp.asarray(matrix)[None],
             lambda largest: 1e-6 * largest,

@@ -13,7 +13,7 @@ from jax import lax
 
 from shampoo_optax.linalg.eigh import jacobi, lapack
 from shampoo_optax.linalg.per_matrix import in_turn, per_matrix_on_cpu
-from shampoo_optax.linalg.precisions import whole
+from shampoo_optax.linalg.precisions import identity_like, whole
 
 
 class Basis(NamedTuple):
@@ -216,17 +216,6 @@ def off_diagonal(matrices: jax.Array) -> jax.Array:
     beside = jnp.where(identity_like(matrices) == 1, jnp.zeros_like(matrices), matrices)
     rest = jnp.sum(beside * beside, axis=(-2, -1))
     return jnp.sqrt(rest / jnp.maximum(total, jnp.finfo(total.dtype).tiny))
-
-
-def identity_like(x: jax.Array) -> jax.Array:
-    """The identity for every matrix of a stack.
-
-    Example:
-      >>> identity_like(jnp.zeros((1, 2, 2)))
-      Array([[[1., 0.],
-              [0., 1.]]], dtype=float32)
-    """
-    return jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
 
 
 def _rotate(matrices: jax.Array, basis: jax.Array) -> jax.Array:

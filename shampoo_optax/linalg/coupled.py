@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from shampoo_optax.linalg.precisions import PRECISION
+from shampoo_optax.linalg.precisions import PRECISION, identity_like
 
 
 class Iteration(NamedTuple):
@@ -33,13 +33,6 @@ class Iteration(NamedTuple):
     error: jax.Array  # [...]: max |M - I|
     active: jax.Array  # [...], bool
     steps: jax.Array  # [], int32
-
-
-def identity_like(matrices: jax.Array) -> jax.Array:
-    """The identity with the shape and dtype of ``[..., d, d]`` matrices."""
-    return jnp.broadcast_to(
-        jnp.eye(matrices.shape[-1], dtype=matrices.dtype), matrices.shape
-    )
 
 
 def product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from shampoo_optax.linalg import coupled
 from shampoo_optax.linalg.method import Solution
-from shampoo_optax.linalg.precisions import symmetric
+from shampoo_optax.linalg.precisions import identity_like, symmetric
 from shampoo_optax.linalg.scaling import Damping, largest_eigenvalue
 
 
@@ -134,7 +134,7 @@ class CoupledHigherOrder:
 
 
 def _ridged(matrices: jax.Array, delta: jax.Array) -> jax.Array:
-    return matrices + delta[..., None, None] * coupled.identity_like(matrices)
+    return matrices + delta[..., None, None] * identity_like(matrices)
 
 
 def _positive(x: jax.Array) -> jax.Array:

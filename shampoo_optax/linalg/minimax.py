@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from shampoo_optax.linalg.coupled import identity_like
 from shampoo_optax.linalg.method import Solution
 from shampoo_optax.linalg.minimax_table import TABLE, Row
 from shampoo_optax.linalg.precisions import (
@@ -27,6 +26,7 @@ from shampoo_optax.linalg.precisions import (
     Arithmetic,
     Product,
     arithmetic,
+    identity_like,
     symmetric,
     whole,
 )

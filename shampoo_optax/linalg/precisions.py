@@ -125,13 +125,24 @@ def _of(product: Product, square: Callable[[jax.Array], jax.Array]) -> Arithmeti
     """Matrices are held as they are."""
 
     def quadratic(step: jax.Array, x: jax.Array) -> jax.Array:
-        identity = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
-        return step[0] * identity + step[1] * x + step[2] * square(x)
+        return step[0] * identity_like(x) + step[1] * x + step[2] * square(x)
 
     def same(x: jax.Array) -> jax.Array:
         return x
 
     return Arithmetic(product, square, quadratic, symmetric, same, same)
+
+
+def identity_like(matrices: jax.Array) -> jax.Array:
+    """The identity for every matrix of a stack, in its dtype.
+
+    Example:
+      >>> identity_like(jnp.zeros((1, 2, 2)))
+      Array([[[1., 0.],
+              [0., 1.]]], dtype=float32)
+    """
+    identity = jnp.eye(matrices.shape[-1], dtype=matrices.dtype)
+    return jnp.broadcast_to(identity, matrices.shape)
 
 
 def symmetric(matrices: jax.Array) -> jax.Array:
