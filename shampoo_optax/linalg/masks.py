@@ -37,8 +37,8 @@ def all_finite(
 ) -> jax.Array:
     """``jnp.isfinite(array).all(axes)``, exactly.
 
-    Half a mean along each axis, by a product with a constant: what is not finite stays so,
-    and no sum on the way is larger than what it sums. The array is read once, where
+    Half a mean along each axis, by a product with a constant: what is not finite stays
+    so, and no sum on the way is larger than what it sums. The array is read once, where
     XLA's CPU compiler writes out its absolute values to reduce them, its maximum passes
     over NaNs, and ``all`` takes it 50 ms for every shape.
 
