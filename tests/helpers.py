@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,21 @@ def known(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if has(name)}
 
 
-# Kernels in half the time, which was most of what the tests took. XLA has two ways to
-# write them, and this is the other one than users': the same programs, so the same
-# types, places and exchanges, and numbers that differ in a last bit. Tests that hold
-# bits, sizes or temporaries, and those of single functions, take `jax.jit`.
-jit = functools.partial(
-    jax.jit, compiler_options=known({"xla_cpu_use_fusion_emitters": False})
-)
+@functools.cache
+def _quick() -> dict[str, Any]:
+    """Asked for at the first compilation: an import must not start a backend."""
+    return known({"xla_cpu_use_fusion_emitters": False})
+
+
+def jit(fun: Callable[..., Any], **options: Any) -> Any:
+    """``jax.jit`` with kernels in half the time, most of what the tests took.
+
+    XLA has two ways to write them, and this is the other one than users': the same
+    programs, so the same types, places and exchanges, and numbers that differ in a last
+    bit. Tests that hold bits, sizes or temporaries, and those of single functions, take
+    ``jax.jit``.
+    """
+    return jax.jit(fun, compiler_options=_quick(), **options)
 
 
 def exact_roots(size: int, p: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
