@@ -112,8 +112,8 @@ def decompose(batch: jax.Array, p: float) -> Any:
 
     def one(matrix: jax.Array) -> tuple[jax.Array, ...]:
         w, v = jnp.linalg.eigh(matrix, symmetrize_input=False)
-        # All are computed; of the vectors two rows are kept, for XLA runs the calls of
-        # a loop of eight operations or fewer one by one, and a refresh has more.
+        # All are computed; of the vectors two rows are kept, for XLA runs pairs of a
+        # loop of eight operations or fewer one by one, and a refresh has more.
         return w, v[..., 0, :], v[..., -1, :]
 
     with jax.enable_x64(True):

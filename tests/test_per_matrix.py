@@ -27,11 +27,14 @@ def _stack(number: int) -> tuple[jax.Array, jax.Array]:
 
 
 @pytest.mark.parametrize("threads", ["1", "2", None])
-@pytest.mark.parametrize("number", [1, 2, 3, 6, 7])
+@pytest.mark.parametrize("number", [1, 2, 3, 7, 10, 13, 21, 37])
+@pytest.mark.parametrize("chunks", [False, True])
 def test_each_matrix_is_alone(
-    number: int, threads: str | None, monkeypatch: pytest.MonkeyPatch
+    number: int, chunks: bool, threads: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(per_matrix, "LARGE", 6)
+    monkeypatch.setattr(per_matrix, "PAIRED", 6)
+    monkeypatch.setattr(per_matrix, "SMALL", 6 if chunks else 7)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
     if threads is not None:
@@ -44,8 +47,43 @@ def test_each_matrix_is_alone(
         assert found[name].shape == wanted.shape
         one_by_one = jnp.stack([each[name] for each in alone])
         np.testing.assert_allclose(found[name], one_by_one, rtol=1e-6, atol=1e-6)
-    by_two = threads == "1" and number > 1
-    assert _calls(run, matrices, scale) == (2 + number % 2 if by_two else 1)
+    wanted = min(number, 2)
+    if chunks:
+        wanted = {10: 10, 13: 13, 21: 11, 37: 19}.get(number, wanted)
+    assert _calls(run, matrices, scale) == (wanted if threads == "1" else 1)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 4, 96])
+@pytest.mark.parametrize("number", [*range(1, 60), 199, 1000])
+def test_few_are_done_twice(number: int, cores: int) -> None:
+    chunk = per_matrix.chunk_size(number, 256, cores)
+    twice = -number % chunk
+    if number < per_matrix.ENOUGH:
+        assert chunk == min(number, 2) and twice < 2
+        return
+    # Enough are ready at once, so that XLA gives half of them to another thread.
+    assert per_matrix.ENOUGH <= chunk <= number
+    assert twice <= number / 15
+    if cores >= 4 and number >= 20:
+        assert chunk >= 20
+
+
+@pytest.mark.parametrize("number", [13, 37])
+def test_varying_over_devices(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(per_matrix, "SMALL", 6)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    stacks = [jnp.concatenate([x, x]) for x in _stack(number)]
+    spread = jax.jit(
+        jax.shard_map(
+            lambda a, b: per_matrix_on_cpu(_eigh, a, b),
+            mesh=mesh,
+            in_specs=jax.P("x"),
+            out_specs=jax.P("x"),
+        )
+    )
+    found, wanted = spread(*stacks), _eigh(*stacks)
+    np.testing.assert_allclose(found["values"], wanted["values"], rtol=1e-5, atol=1e-6)
 
 
 def _calls(run: Any, *arrays: jax.Array) -> int:
@@ -59,12 +97,16 @@ def _calls(run: Any, *arrays: jax.Array) -> int:
 
 
 def test_the_more_special_name_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(per_matrix, "LARGE", 6)
+    monkeypatch.setattr(per_matrix, "PAIRED", 6)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "4")
     assert _calls(jax.jit(lambda a, b: per_matrix_on_cpu(_eigh, a, b)), *_stack(4)) == 1
 
 
-def test_small_ones_come_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [4, 40])
+def test_small_ones_come_one_by_one(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
-    assert _calls(jax.jit(lambda a, b: per_matrix_on_cpu(_eigh, a, b)), *_stack(4)) == 1
+    run = jax.jit(lambda a, b: per_matrix_on_cpu(_eigh, a, b))
+    assert _calls(run, *_stack(number)) == 1

@@ -21,7 +21,7 @@ from shampoo_optax.linalg.basis_methods import CholeskyQR2 as CholeskyQR2
 from shampoo_optax.linalg.basis_methods import Eigh as Eigh
 from shampoo_optax.linalg.basis_methods import Jacobi as Jacobi
 from shampoo_optax.linalg.basis_methods import off_diagonal as off_diagonal
-from shampoo_optax.linalg.masks import all_finite, chosen
+from shampoo_optax.linalg.masks import chosen
 from shampoo_optax.linalg.precisions import identity_like, whole
 from shampoo_optax.linalg.scaling import prescale, unscale
 
@@ -65,7 +65,7 @@ def new_basis(
     values = found.values - shift[:, None]
     largest = jnp.max(values, axis=-1, keepdims=True)
     null = values <= matrices.shape[-1] * jnp.finfo(dtype).eps * largest
-    accepted = scaled.usable & scaled.nonzero & all_finite(found.vectors, (-2, -1))
+    accepted = scaled.usable & scaled.nonzero & found.finite
     vectors = chosen(accepted[:, None, None], found.vectors, basis)
     values = unscale(values, scaled.exponent[:, None])
     return NewBasis(vectors, values, null & accepted[:, None], accepted)

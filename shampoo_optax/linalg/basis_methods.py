@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from shampoo_optax.linalg.eigh import jacobi, lapack
-from shampoo_optax.linalg.per_matrix import in_turn, per_matrix_on_cpu
+from shampoo_optax.linalg.eigh import Decomposition, jacobi, lapack
+from shampoo_optax.linalg.masks import all_finite
+from shampoo_optax.linalg.per_matrix import in_turn, per_matrix_on_cpu, singly
 from shampoo_optax.linalg.precisions import identity_like, whole
 
 
@@ -21,6 +23,17 @@ class Basis(NamedTuple):
 
     vectors: jax.Array  # [..., d, d]: directions are columns
     values: jax.Array  # [..., d]: the diagonal of Q^T A Q
+    finite: jax.Array  # [...], bool: whether all vectors are
+
+
+def checked(vectors: jax.Array, values: jax.Array) -> Basis:
+    """A basis with its flag.
+
+    Example:
+      >>> checked(jnp.full((1, 2, 2), jnp.nan), jnp.zeros((1, 2))).finite
+      Array([False], dtype=bool)
+    """
+    return Basis(vectors, values, all_finite(vectors, (-2, -1)))
 
 
 class BasisMethod(Protocol):
@@ -60,10 +73,11 @@ class Eigh:
             return Basis(
                 jnp.where(stale[:, None, None], new.vectors, basis),
                 jnp.where(stale[:, None], new.values, _diagonal(rotated)),
+                new.finite | ~stale,
             )
 
         def kept() -> Basis:
-            return Basis(basis, _diagonal(rotated))
+            return Basis(basis, _diagonal(rotated), jnp.ones_like(stale))
 
         # One decision for a stack, on the device: all of it, or nothing.
         return lax.cond(jnp.any(stale), refreshed, kept)
@@ -71,15 +85,20 @@ class Eigh:
     def _exact(self, matrices: jax.Array) -> Basis:
         wide = jnp.float64 if self.double_precision else matrices.dtype
 
-        def eigh(a: jax.Array) -> tuple[jax.Array, jax.Array]:
-            vectors, values = lapack(a.astype(wide))
-            return vectors.astype(a.dtype), values.astype(a.dtype)
+        def by(eigh: Decomposition) -> Callable[[jax.Array], Basis]:
+            def basis(a: jax.Array) -> Basis:
+                vectors, values = eigh(a.astype(wide))
+                return checked(vectors.astype(a.dtype), values.astype(a.dtype))
+
+            return basis
 
         with jax.enable_x64(True) if self.double_precision else nullcontext():
-            found = lax.platform_dependent(
-                matrices, cpu=partial(in_turn, eigh), tpu=jacobi, default=eigh
+            return lax.platform_dependent(
+                matrices,
+                cpu=partial(in_turn, by(singly(lapack))),
+                tpu=_by_rotations,
+                default=by(lapack),
             )
-        return Basis(*found)
 
 
 @dataclass(frozen=True)
@@ -95,9 +114,8 @@ class Jacobi:
     def solve(self, matrices: jax.Array, basis: jax.Array) -> Basis:
         """See :class:`BasisMethod`."""
         del basis
-
-        one_by_one = partial(in_turn, lapack)
-        return Basis(*lax.platform_dependent(matrices, cpu=one_by_one, default=jacobi))
+        one_by_one = partial(in_turn, lambda a: checked(*singly(lapack)(a)))
+        return lax.platform_dependent(matrices, cpu=one_by_one, default=_by_rotations)
 
 
 @dataclass(frozen=True)
@@ -134,7 +152,7 @@ class QR:
         values = _diagonal(at[0])
         order = jnp.argsort(values, axis=-1, stable=True)
         vectors = jnp.take_along_axis(at[1], order[:, None, :], axis=-1)
-        return Basis(vectors, jnp.take_along_axis(values, order, axis=-1))
+        return checked(vectors, jnp.take_along_axis(values, order, axis=-1))
 
 
 @dataclass(frozen=True)
@@ -194,7 +212,7 @@ class CholeskyQR2:
 
         begin = _Iteration(jnp.zeros_like(steps), cold, basis)
         vectors = lax.while_loop(unfinished, step, begin).vectors
-        return Basis(vectors, _diagonal(_rotate(matrices, vectors)))
+        return checked(vectors, _diagonal(_rotate(matrices, vectors)))
 
 
 class _Iteration(NamedTuple):
@@ -216,6 +234,10 @@ def off_diagonal(matrices: jax.Array) -> jax.Array:
     beside = jnp.where(identity_like(matrices) == 1, jnp.zeros_like(matrices), matrices)
     rest = jnp.sum(beside * beside, axis=(-2, -1))
     return jnp.sqrt(rest / jnp.maximum(total, jnp.finfo(total.dtype).tiny))
+
+
+def _by_rotations(matrices: jax.Array) -> Basis:
+    return checked(*jacobi(matrices))
 
 
 def _rotate(matrices: jax.Array, basis: jax.Array) -> jax.Array:

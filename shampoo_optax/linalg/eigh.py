@@ -14,7 +14,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from shampoo_optax.linalg.method import Solution
-from shampoo_optax.linalg.per_matrix import in_turn
+from shampoo_optax.linalg.per_matrix import in_turn, singly
 from shampoo_optax.linalg.precisions import PRECISION, symmetric
 from shampoo_optax.linalg.scaling import Damping
 
@@ -62,20 +62,29 @@ class Eigh:
         self, matrices: jax.Array, damping: Damping, p: float, *, unit: jax.Array
     ) -> Solution:
         """See :class:`RootMethod`."""
-        wide = jnp.float64 if self.double_precision else matrices.dtype
+        own = matrices.dtype
+        wide = jnp.float64 if self.double_precision else own
 
-        def by(wide: DTypeLike, eigh: Decomposition) -> Callable[..., jax.Array]:
-            def root(a: jax.Array, absolute: jax.Array, u: jax.Array) -> jax.Array:
-                # Wide one by one, where it is one by one: the stack stays as it is.
-                v, w = eigh(a.astype(wide))
-                given = damping._replace(absolute=absolute)
-                powers = self.powers(w, given, p, u, ascending=True)
-                # S S^T: a quarter quicker than V f(w) V^T, which has two operands.
-                s = v * jnp.sqrt(powers)[..., None, :]
-                square = jnp.matmul(s, jnp.swapaxes(s, -2, -1), precision=PRECISION)
-                return symmetric(square.astype(a.dtype))
+        def half(
+            a: jax.Array,
+            absolute: jax.Array,
+            u: jax.Array,
+            eigh: Decomposition = lapack,
+            wide: DTypeLike = wide,
+        ) -> jax.Array:
+            # Wide one by one, where it is one by one: the stack stays as it is.
+            v, w = eigh(a.astype(wide))
+            given = damping._replace(absolute=absolute)
+            powers = self.powers(w, given, p, u, ascending=True)
+            return v * jnp.sqrt(powers)[..., None, :]
 
-            return root
+        def root(half: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+            # S S^T: a quarter quicker than V f(w) V^T, which has two operands.
+            s = half(*arrays)
+            square = jnp.matmul(s, jnp.swapaxes(s, -2, -1), precision=PRECISION)
+            # Both triangles are sums of the same products: they differ, if at all, in a
+            # last bit of float64, and a pass over all matrices would be for that bit.
+            return square.astype(own) if square.dtype != own else symmetric(square)
 
         flat = matrices.reshape(-1, *matrices.shape[-2:])
         numbers = damping.absolute.reshape(-1), unit.reshape(-1)
@@ -83,9 +92,9 @@ class Eigh:
             found = lax.platform_dependent(
                 flat,
                 *numbers,
-                cpu=partial(in_turn, by(wide, lapack)),
-                tpu=by(matrices.dtype, jacobi),
-                default=by(wide, lapack),
+                cpu=partial(in_turn, partial(root, singly(half))),
+                tpu=partial(root, partial(half, eigh=jacobi, wide=own)),
+                default=partial(root, half),
             )
         return Solution(found.reshape(matrices.shape), jnp.zeros_like(unit))
 

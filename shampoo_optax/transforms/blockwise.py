@@ -65,6 +65,7 @@ def blockwise(
     """
     inner = optax.with_extra_args_support(inner)
     outer = optax.with_extra_args_support(optax.identity() if rest is None else rest)
+    init_blocks = jax.jit(inner.init)  # one program, where it would be many small ones
 
     def init_fn(params: optax.Params) -> BlockwiseState:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -82,7 +83,7 @@ def blockwise(
             key: jnp.zeros(shape, dtypes[key])
             for key, shape in tree.plan.stacks.items()
         }
-        blocks = place_blocks(inner.init(stacks), tree)
+        blocks = place_blocks(init_blocks(stacks), tree)
         return BlockwiseState(blocks, outer.init(tree.rest()), tree.marks())
 
     def update_fn(
