@@ -22,12 +22,20 @@ BLOCK = 256
 
 def shampoo(block: int = BLOCK) -> optax.GradientTransformation:
     """Ours, with the defaults of ``so.shampoo`` but for the block size."""
-    return so.shampoo(
-        LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
-        layout=so.BlockLayout(max_preconditioner_dim=block),
-        refresh=so.Refresh(precondition_frequency=FREQUENCY),
-    )
+    return so.shampoo(LEARNING_RATE, **_given(block))
+
+
+def soap(block: int = BLOCK) -> optax.GradientTransformation:
+    """Ours, with the defaults of ``so.soap`` but for the block size."""
+    return so.soap(LEARNING_RATE, **_given(block))
+
+
+def _given(block: int) -> dict[str, Any]:
+    return {
+        "weight_decay": WEIGHT_DECAY,
+        "layout": so.BlockLayout(max_preconditioner_dim=block),
+        "refresh": so.Refresh(precondition_frequency=FREQUENCY),
+    }
 
 
 def adamw() -> optax.GradientTransformation:
@@ -61,7 +69,7 @@ def kron() -> optax.GradientTransformation:
 
 def known() -> dict[str, Callable[[], optax.GradientTransformation]]:
     """By name; psgdax only where it is installed."""
-    makers = {"adamw": adamw, "shampoo": shampoo, "muon": muon}
+    makers = {"adamw": adamw, "shampoo": shampoo, "soap": soap, "muon": muon}
     if importlib.util.find_spec("psgdax") is not None:
         makers["psgdax kron"] = kron
     return makers

@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from benchmarks import summary
+
 OURS, OTHERS = "#c2410c", "#64748b"
 DPI = 130
 
@@ -48,7 +50,7 @@ def step(results: dict[str, Any], path: Path) -> None:
         panel.set_title(model, loc="left", fontweight="bold")
     for panel in list(panels.flat)[len(models) :]:
         panel.set_axis_off()
-    handles = [Patch(color=OURS, label="shampoo: plain step")]
+    handles = [Patch(color=OURS, label="ours: plain step")]
     handles.append(Patch(color=OTHERS, label="others: plain step"))
     handles.append(Patch(color=OTHERS, alpha=0.35, label="average with refreshes"))
     figure.legend(handles=handles, ncols=3, loc="lower center", frameon=False)
@@ -77,7 +79,7 @@ def _bars(
     panel: Axes, each: dict[str, tuple[float, float]], elsewhere: float | None
 ) -> None:
     for y, (name, (plain, average)) in enumerate(each.items()):
-        color = OURS if name == "shampoo" else OTHERS
+        color = OURS if name in summary.OURS else OTHERS
         panel.barh(y, average, color=color, alpha=0.35, height=0.72)
         panel.barh(y, plain, color=color, height=0.4)
         text = f"{_short(plain)}, {_short(average)}"
@@ -86,7 +88,7 @@ def _bars(
         panel.text(place, y, text, va="center", fontsize=8, bbox=white, zorder=3)
     panel.set_yticks(range(len(each)), list(each), fontsize=8)
     for label in panel.get_yticklabels():
-        if label.get_text() == "shampoo":
+        if label.get_text() in summary.OURS:
             label.set(color=OURS, fontweight="bold")
     largest = max(max(pair) for pair in each.values())
     panel.set_xscale("log")

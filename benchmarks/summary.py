@@ -20,6 +20,7 @@ FIRST_CALL, FIRST_CALL_MB = 2.0, 1.0  # over AdamW's; of StableHLO
 PRODUCTS, ROOT_ERROR, DIRECTION_ERROR = 30, 5e-3, 1e-3  # of minimax roots
 BYTES = {"float32": 24.5, "lean": 12.1, "leanest": 8.1}  # a parameter, all in blocks
 LEANEST_LOSS = 0.01  # over float32's
+OURS = ("shampoo", "soap")
 # Not preconditioned by Kronecker factors: no peers of ours in what they do.
 CHEAP = ("adamw", "muon", "torch adamw", "torch adamw fused")
 
@@ -113,8 +114,11 @@ def _step(results: dict[str, Any]) -> Lines:
         bar = AVERAGE_OVER_ADAMW.get(model)
         yield f"{model}: average step / AdamW's", average / adamw["plain_ms"], bar
         yield f"{model}: first call / AdamW's", ours["first_s"] / adamw["first_s"]
+        if "soap" in each:
+            over = each["soap"]["average_ms"] / adamw["plain_ms"]
+            yield f"{model}: SOAP's average step / AdamW's", over
         for name, peer in each.items():
-            if name not in (*CHEAP, "shampoo"):
+            if name not in (*CHEAP, *OURS):
                 yield f"{model}: average ms / {name}'s", average / peer["average_ms"]
 
 
@@ -125,7 +129,7 @@ def _compile(results: dict[str, Any]) -> Lines:
 
 def _first_call(results: dict[str, Any]) -> Lines:
     each = results["results"]
-    for name in ("shampoo", "soap"):
+    for name in OURS:
         ratio = each[name]["seconds"] / each["adamw"]["seconds"]
         bars = (FIRST_CALL, FIRST_CALL_MB) if name == "shampoo" else (None, None)
         yield f"200 different arrays: {name} / AdamW's", ratio, bars[0]

@@ -20,6 +20,7 @@ from shampoo_optax.linalg.basis_methods import BasisMethod as BasisMethod
 from shampoo_optax.linalg.basis_methods import CholeskyQR2 as CholeskyQR2
 from shampoo_optax.linalg.basis_methods import Eigh as Eigh
 from shampoo_optax.linalg.basis_methods import Jacobi as Jacobi
+from shampoo_optax.linalg.basis_methods import checked as checked
 from shampoo_optax.linalg.basis_methods import off_diagonal as off_diagonal
 from shampoo_optax.linalg.masks import chosen
 from shampoo_optax.linalg.precisions import identity_like, whole

@@ -27,7 +27,11 @@ class Basis(NamedTuple):
 
 
 def checked(vectors: jax.Array, values: jax.Array) -> Basis:
-    """A basis with its flag.
+    """A basis with its flag, as every method returns it.
+
+    Args:
+      vectors: ``[..., d, d]``, directions in columns.
+      values: ``[..., d]``.
 
     Example:
       >>> checked(jnp.full((1, 2, 2), jnp.nan), jnp.zeros((1, 2))).finite

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 # XLA's CPU runtime gives half of its work to another thread where more than eight
@@ -70,7 +69,7 @@ def singly(call: Callable[..., Any]) -> Callable[..., Any]:
             return call(*xs)
         if len(xs[0]) == 1:
             return alone(*xs)
-        found = [at(np.int32(i), *xs) for i in range(len(xs[0]))]
+        found = [at(i, *xs) for i in range(len(xs[0]))]
         return jax.tree.map(lambda *parts: lax.concatenate(parts, 0), *found)
 
     return each
