@@ -124,9 +124,9 @@ def chunk_size(number: int, size: int, cores: int) -> int:
     """
     least = ENOUGH if number < 2 * ENOUGH or cores < 4 else 2 * ENOUGH
     if number >= least and SMALL <= size < LARGE:
-        # One in twenty may be done twice.
+        # As few as can be are done twice, and in few turns: their ends wait.
         fits = range(least, 2 * least)
-        return min(fits, key=lambda chunk: (max(-number % chunk, number // 20), chunk))
+        return min(fits, key=lambda chunk: (-number % chunk, -chunk))
     return PAIR if number >= PAIR and size >= PAIRED else 1
 
 
