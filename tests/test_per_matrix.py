@@ -53,6 +53,14 @@ def test_each_matrix_is_alone(
     assert _calls(run, matrices, scale) == (wanted if threads == "1" else 1)
 
 
+def test_none_at_all() -> None:
+    found = per_matrix_on_cpu(_eigh, jnp.zeros((0, 6, 6)), jnp.zeros(0))
+    assert {k: x.shape for k, x in found.items()} == {
+        "values": (0, 6),
+        "vectors": (0, 6, 6),
+    }
+
+
 @pytest.mark.parametrize("cores", [1, 2, 4, 96])
 def test_few_are_done_twice(cores: int) -> None:
     for number in range(1, per_matrix.ENOUGH):

@@ -92,6 +92,9 @@ def in_turn(function: Callable[..., Any], *stacks: jax.Array) -> Any:
     chunk = 1
     if _lapack_has_one_thread():
         chunk = chunk_size(number, size, os.cpu_count() or 1)
+    if number == 0:
+        some = [jnp.zeros_like(x, shape=(1, *x.shape[1:])) for x in stacks]
+        return jax.tree.map(lambda x: x[:0], in_turn(function, *some))
     # Each call of a pair follows what it needs alone, on another thread.
     run = singly(function) if chunk <= PAIR else function
 
